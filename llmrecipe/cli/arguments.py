@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +50,39 @@ StepWords = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _use_config_dir(context: typer.Context, folder: Path | None) -> Path | None:
+    """Put a folder before the search path, for this command and the processes it starts."""
+    if folder is None:
+        return None
+    from llmrecipe.recipe.recipe_paths import CONFIG_DIR
+
+    if not folder.is_dir():
+        raise RecipeError(f"--config-dir {folder}: there is no such folder")
+    before = os.environ.get(CONFIG_DIR)
+    os.environ[CONFIG_DIR] = str(folder.resolve())
+
+    def restore() -> None:
+        os.environ.pop(CONFIG_DIR, None)
+        os.environ.update({} if before is None else {CONFIG_DIR: before})
+
+    context.call_on_close(restore)
+    return folder
+
+
+ConfigDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--config-dir",
+        metavar="FOLDER",
+        callback=_use_config_dir,
+        is_eager=True,
+        help="Recipes and presets of this folder come before ./recipes.",
+        show_default=False,
+    ),
+]
+"""Acts as soon as it is read, so no verb has to look at it."""
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, Words, need_recipe, sort_words, tell
 from llmrecipe.core.console import print_json
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.printable import printable
@@ -29,6 +29,7 @@ def verb(
     start: Annotated[int, typer.Option("--start", min=0, help="First row to print.")] = 0,
     split: Annotated[str, typer.Option("--split", help="train or validation; the test split stays sealed.")] = "train",
     each: Annotated[bool, typer.Option("--tokens", help="Separate tokens with a bar.")] = False,
+    config_dir: ConfigDir = None,
     as_json: Json = False,
 ) -> None:
     """Show rows as the model sees them: trained and masked tokens, template, truncation and end tokens."""
@@ -43,7 +44,7 @@ def verb(
         raise RecipeError(f"recipe={recipe} is a pipeline of {stages}; look at the recipe of one of its stages")
     tell(composition.notes)
     check_files(composition.recipe)
-    data, tokenizer, mask = _read(composition.recipe, split)
+    data, tokenizer, mask = tokenized_rows(composition.recipe, split)
     from llmrecipe.data import preview, validation
 
     shown = [data[i] for i in range(start, min(start + rows, len(data)))]
@@ -69,7 +70,7 @@ def verb(
     tell(warnings)
 
 
-def _read(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
+def tokenized_rows(recipe: Recipe, split: str) -> tuple[TokenData, Any, str]:
     """Return the rows of a split, the tokenizer and the mask in use; class names come from the training rows."""
     from llmrecipe.core import registry
     from llmrecipe.core.errors import DataError

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, Words, need_recipe, sort_words, tell
 from llmrecipe.core.console import print_json
 
 PANEL = "Look"
@@ -16,6 +16,7 @@ ORDER = 1
 def verb(
     words: Words = None,
     changed: Annotated[bool, typer.Option("--changed", help="Leave out values that are defaults.")] = False,
+    config_dir: ConfigDir = None,
     as_json: Json = False,
 ) -> None:
     """Show every value of a recipe with the file and line, or the override, that set it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -26,6 +27,7 @@ def make_job(request: VerbWords, engine: str, out: Path | None, submit: bool, op
     """
     from llmrecipe.recipe.compose import compose
     from llmrecipe.recipe.pipeline_plan import refuse_stages
+    from llmrecipe.recipe.recipe_paths import CONFIG_DIR
     from llmrecipe.runtime.job_files import ENGINES, Job, write_job
 
     if request.resume is not None:
@@ -42,7 +44,8 @@ def make_job(request: VerbWords, engine: str, out: Path | None, submit: bool, op
     composition = compose(recipe, [*request.overrides, *processes])
     refuse_stages(composition.mapping)
     tell(composition.notes)
-    names = dict.fromkeys([*variables_in(composition.mapping), *options.pop("env")])
+    further = [CONFIG_DIR] if CONFIG_DIR in os.environ else []
+    names = dict.fromkeys([*variables_in(composition.mapping), *options.pop("env"), *further])
     for name in names:
         name_variable(name)
     title = options.pop("name") or re.sub(r"[^a-z0-9]+", "-", composition.name.lower()).strip("-")[:40]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import AUTO, PROCESSES, VerbWords, Words, need_recipe, processes_word, sort_words
+from llmrecipe.cli.arguments import AUTO, PROCESSES, ConfigDir, VerbWords, Words, need_recipe, processes_word, sort_words
 from llmrecipe.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ LOCAL, MANY, JOB = "Processes", "Several machines", "Job files"
 
 def verb(
     words: Words = None,
+    config_dir: ConfigDir = None,
     nproc: Annotated[
         int | None,
         typer.Option(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, tell
 from llmrecipe.core.console import print_json
 
 PANEL = "Look"
@@ -18,6 +18,7 @@ def verb(
         str | None, typer.Argument(help="stack, objective, optim, schedule, recipes, model, ...", show_default=False)
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Which wrappers may share a stack, and why not.")] = False,
+    config_dir: ConfigDir = None,
     as_json: Json = False,
 ) -> None:
     """List what there is: methods, objectives, optimizers, schedules, recipes, presets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmrecipe.cli.arguments import Json, Words, need_recipe, sort_words
+from llmrecipe.cli.arguments import ConfigDir, Json, Words, need_recipe, sort_words
 from llmrecipe.core.console import console, number, print_json
 
 if TYPE_CHECKING:
@@ -17,21 +17,26 @@ SHOWN = 20
 """Rows of the table; trials.jsonl has all of them."""
 
 
-def verb(words: Words = None, as_json: Json = False) -> None:
+def verb(words: Words = None, config_dir: ConfigDir = None, as_json: Json = False) -> None:
     """Search the space a recipe gives under `search`, and write the best as a plain recipe; the same command resumes it."""
     from llmrecipe.core.errors import RecipeError
-    from llmrecipe.recipe.compose import compose
 
     request = sort_words(words)
     if request.resume is not None:
         raise RecipeError("resume=: repeat the same command to resume a search; its finished trials are kept")
-    recipe = need_recipe(request, "search")
+    run_search(need_recipe(request, "search"), request.overrides, as_json)
+
+
+def run_search(recipe: str, words: list[str], as_json: bool = False) -> None:
+    """Run or resume the search of a recipe, print one table over its trials and say where the best is."""
+    from llmrecipe.recipe.compose import compose
+
     # Mistakes in the recipe come first, before anything about the machine or the model.
-    compose(recipe, request.overrides)
+    compose(recipe, words)
     from llmrecipe.pipelines.search.display import importances, picture
     from llmrecipe.pipelines.search.study import search
 
-    found, trials = search(recipe, request.overrides)
+    found, trials = search(recipe, words)
     best = found.best(trials)
     path, image = found.write_best(best, trials), picture(found, trials)
     if as_json:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, tell
 from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def verb(
             autocompletion=complete_names,
         ),
     ],
+    config_dir: ConfigDir = None,
     as_json: Json = False,
 ) -> None:
     """Show one card: formula, what is trained, options, limits, paper, recipes."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import StepWords
+from llmrecipe.cli.arguments import ConfigDir, StepWords
 from llmrecipe.core.console import console, number
 
 PANEL = "Tools"
@@ -22,6 +22,7 @@ def complete_step(incomplete: str) -> list[str]:
 def verb(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="See `llmrecipe list step`.", autocompletion=complete_step)],
     words: StepWords = None,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Do one step of a pipeline by itself, in the words of its stage."""
     do_step(kind, words)

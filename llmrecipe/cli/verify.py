@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json, Words, runs_and_overrides, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, Words, runs_and_overrides, tell
 from llmrecipe.core.console import print_json
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def verb(
     run: Annotated[
         str | None, typer.Option("--run", metavar="RUN", help="Run of an exported folder; default: the folder above it.")
     ] = None,
+    config_dir: ConfigDir = None,
     as_json: Json = False,
 ) -> None:
     """Prove a recipe, a run or an export: layouts, stock forward, files, merging, generation, template, resume.

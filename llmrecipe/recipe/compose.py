@@ -18,10 +18,10 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.redact import name_variables
 from llmrecipe.recipe.builtin_data import drop_builtin
-from llmrecipe.recipe.inheritance import DefaultsChain
+from llmrecipe.recipe.inheritance import DefaultsChain, group_folder
 from llmrecipe.recipe.interpolation import escape, interpolate
 from llmrecipe.recipe.provenance import Origin, Origins, leaves, schema_origin
-from llmrecipe.recipe.recipe_paths import find_recipe
+from llmrecipe.recipe.recipe_paths import GROUPS, adjacent_presets, find_recipe
 from llmrecipe.recipe.registered_axes import fill
 from llmrecipe.recipe.renames import rename_in_place
 from llmrecipe.recipe.rights import withhold
@@ -100,13 +100,35 @@ def compose_mapping(
 
     The mapping is not validated yet.
     """
+    path = find_recipe(recipe)
+    words, picks = _own_groups(path, overrides)
+    chain = DefaultsChain(path, foreign or Path(recipe).expanduser().is_dir(), picks)
+    with adjacent_presets(chain.folders()):
+        return _merged(path, chain, words)
+
+
+def _own_groups(path: Path, overrides: list[str]) -> tuple[list[Word], dict[str, Any]]:
+    """Split overrides into words, and choices for groups of the user's own (see `recipe.inheritance`)."""
+    from llmrecipe.recipe.overrides import parse_overrides
+
+    words: list[Word] = []
+    picks: dict[str, Any] = {}
+    for word in parse_overrides(overrides):
+        name = str(word.key[0])
+        is_choice = len(word.key) == 1 and not word.delete and isinstance(word.value, str | list | None)
+        if is_choice and name not in {*GROUPS, *section_defaults()} and group_folder(name, [path.resolve().parent]) is not None:
+            picks[name] = word.value
+        else:
+            words.append(word)
+    return words, picks
+
+
+def _merged(path: Path, chain: DefaultsChain, words: list[Word]) -> tuple[str, Path, dict[str, Any], Origins, list[str], bool]:
+    """Merge a defaults chain with overrides and complete the result."""
     from llmrecipe.recipe.hydra_compose import merge, refused_choices
-    from llmrecipe.recipe.overrides import apply, chosen, hydra_words, parse_overrides
+    from llmrecipe.recipe.overrides import apply, chosen, hydra_words
     from llmrecipe.recipe.stale_overrides import Cleaner
 
-    path = find_recipe(recipe)
-    chain = DefaultsChain(path, foreign or Path(recipe).expanduser().is_dir())
-    words = parse_overrides(overrides)
     _open_plugins(chain, words)
     choices = [(str(w.key[0]), w.value, f"'{w.text}'") for w in words if w.choice]
     for link in chain.links.values():
@@ -188,9 +210,9 @@ def plugins_of(recipe: str | Path, overrides: Sequence[str]) -> list[str]:
     Raises:
         RecipeError: there is no such recipe, or an override cannot be read.
     """
-    from llmrecipe.recipe.overrides import parse_overrides
-
-    return _plugins(DefaultsChain(find_recipe(recipe), False), parse_overrides(list(overrides)))
+    path = find_recipe(recipe)
+    words, picks = _own_groups(path, list(overrides))
+    return _plugins(DefaultsChain(path, False, picks), words)
 
 
 def _mark_choices(chain: DefaultsChain, words: list[Word], mapping: dict[str, Any], origins: Origins) -> None:

@@ -1,19 +1,33 @@
 """Recipe inheritance: a recipe and the recipes it extends, each file read once, its defaults list prepared for Hydra.
 
-A recipe names what it extends (`- /base`, `- /dpo_lora`) by stem, by `folder/stem` or by a path relative to itself.
+A recipe names what it extends (`- /base`, `- /dpo_lora`) by stem, by `folder/stem` or by a path relative to itself. A group of
+the user's own is a folder next to it (or in the search path) with one partial recipe for each option: `- experiment: fast` is
+`experiment/fast.yaml`, extended at this place of the list, and `experiment=slow` on the command line is another one of them.
 Each file of the defaults chain gets an id without folders, so that Hydra merges all of them at the top of the recipe
 whatever folder they are in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.interpolation import check_file
-from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, GROUPS, PRESET_GROUPS, all_recipes, lookup, packaged, presets, roots
+from llmrecipe.recipe.recipe_paths import (
+    COMPONENT_GROUPS,
+    GROUPS,
+    PRESET_GROUPS,
+    adjacent_presets,
+    all_recipes,
+    lookup,
+    packaged,
+    presets,
+    roots,
+)
 from llmrecipe.recipe.renames import renamed_file
 from llmrecipe.recipe.rights import is_artefact
 from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
@@ -42,12 +56,22 @@ class Link:
 class DefaultsChain:
     """All files of a recipe, by id; the recipe itself is `primary`."""
 
-    def __init__(self, primary: Path, foreign: bool = False):
+    def __init__(self, primary: Path, foreign: bool = False, picks: Mapping[str, Choice] | None = None):
+        """Read a recipe and what it extends.
+
+        Args:
+            foreign: it belongs to an artefact that is being opened.
+            picks: choices of the command line for groups of the user's own; those the recipe does not name are added to it.
+        """
         self.links: dict[str, Link] = {}
         self.notes: list[str] = []
+        self._picks = dict(picks or {})
+        self._own_groups: set[str] = set()
         self._foreign = {primary.resolve()} if foreign or is_artefact(primary) else set()
         self.folder = primary.resolve().parent
         self.primary = self._add(primary.resolve(), ())
+        for group in sorted(set(self._picks) - self._own_groups):
+            self.primary.defaults += self._extend_group(self.primary, group, f"'{group}='", False, (primary.resolve(),))
 
     def _add(self, path: Path, under: tuple[Path, ...]) -> Link:
         if path in under:
@@ -73,6 +97,10 @@ class DefaultsChain:
         if not isinstance(entries, list):
             raise RecipeError(f"{source.where('defaults')}: defaults is a list, such as `- /base`; got {entries!r:.60}")
         parents: list[Any] = []
+        for entry in entries:
+            if isinstance(entry, dict) and len(entry) == 1 and (group := _words_of(entry)[1]) not in GROUPS:
+                # The outermost file decides, and it is read first.
+                self._picks.setdefault(group, entry[next(iter(entry))])
         for index, entry in enumerate(entries):
             where = source.where("defaults", index)
             if isinstance(entry, str) and entry != "_self_" and entry.strip("/").split("/")[0].split("@")[0] not in GROUPS:
@@ -82,23 +110,81 @@ class DefaultsChain:
                 # A file that is reached twice is merged once, where it is first named.
                 if len(self.links) > before:
                     parents.append(f"/{parent.id}")
+            elif isinstance(entry, dict) and len(entry) == 1 and _words_of(entry)[1] not in GROUPS:
+                words, group = _words_of(entry)
+                self._check_group(group, source.path, where)
+                if "override" not in words:
+                    self._own_groups.add(group)
+                    parents += self._extend_group(link, group, where, "optional" in words, under)
             elif isinstance(entry, dict) and len(entry) == 1:
                 group, choice = _group_entry(entry, where)
-                link.choices[group] = (choice, _line(source, index))
+                if "optional" in _words_of(entry)[0] and (missing := self._missing(group, choice, source.path)):
+                    self.notes.append(f"{where}: there is no {group} {', '.join(missing)}; it is optional and left out")
+                else:
+                    link.choices[group] = (choice, _line(source, index))
             elif entry == "_self_":
                 parents.append(entry)
             else:
                 raise RecipeError(
-                    f"{where}: an entry of defaults is `- /RECIPE`, `- override /GROUP: NAME` or `- _self_`; got {entry!r:.60}"
+                    f"{where}: an entry of defaults is `- /RECIPE`, `- override /GROUP: NAME`, `- optional GROUP: NAME` "
+                    f"or `- _self_`; got {entry!r:.60}"
                 )
         is_base = source.path.stem == "base" and source.path.parent in [*roots(), packaged().resolve()]
         if not is_base and not any(self._stands_on_base(i) for i in link.extends):
+            before = len(self.links)
             base = self._add(self._resolve("/base", source.path, short(source.path)), under)
             link.extends.insert(0, base.id)
-            parents.insert(0, f"/{base.id}")
+            if len(self.links) > before:
+                parents.insert(0, f"/{base.id}")
         if "_self_" not in parents:
             parents.append("_self_")
         link.defaults = parents
+
+    def _missing(self, group: str, choice: Choice, source: Path) -> list[str]:
+        """Return the options of an optional choice that do not exist."""
+        names = [choice] if isinstance(choice, str) else choice or []
+        folders = [] if self.links[next(iter(self.links))].foreign else [source.parent, self.folder]
+        with adjacent_presets(folders):
+            known = {*presets(group), *(registry.names(group) if group in COMPONENT_GROUPS else ())}
+        return [name for name in names if name not in known]
+
+    def _check_group(self, group: str, source: Path, where: str) -> None:
+        if group_folder(group, (source.parent, self.folder)) is None:
+            raise RecipeError(
+                f"{where}: defaults has no group '{group}'{did_you_mean(group, GROUPS)} (groups: {', '.join(GROUPS)}), "
+                f"and there is no folder {group}/ next to {short(source)}"
+            )
+
+    def _extend_group(self, link: Link, group: str, where: str, optional: bool, under: tuple[Path, ...]) -> list[str]:
+        """Extend a file by the options that are chosen of a group of the user's own; return entries for Hydra.
+
+        Raises:
+            RecipeError: the group's folder has no such option.
+        """
+        choice = self._picks.get(group)
+        entries: list[str] = []
+        for name in [choice] if isinstance(choice, str) else choice or []:
+            folder = group_folder(group, (link.source.path.parent, self.folder))
+            assert folder is not None, "groups are checked before they are read"
+            known = {path.stem: path for path in sorted(folder.glob("*.y*ml"))}
+            if not isinstance(name, str) or name not in known:
+                if optional:
+                    self.notes.append(f"{where}: there is no {group} {name}; it is optional and left out")
+                    continue
+                raise RecipeError(
+                    f"{where}: there is no {group} '{name}'{did_you_mean(str(name), known)} "
+                    f"(in {short(folder)}: {', '.join(known) or 'nothing'})"
+                )
+            before = len(self.links)
+            parent = self._add(known[name].resolve(), under)
+            link.extends.append(parent.id)
+            entries += [f"/{parent.id}"] if len(self.links) > before else []
+        return entries
+
+    def folders(self) -> list[Path]:
+        """Return the folders of the user's files, whose presets are found by name; artefacts give none."""
+        ours = [link.source.path.parent for link in self.links.values() if not link.foreign]
+        return [folder for folder in dict.fromkeys(ours) if not folder.resolve().is_relative_to(packaged().resolve())]
 
     def place(self, words: dict[str, Any]) -> None:
         """Write the group choices into the defaults lists; those of the command line (group -> choice) take precedence.
@@ -192,13 +278,24 @@ def _line(source: YamlFile, index: int) -> int:
     return source.lines.get(("defaults", index), source.lines.get(("defaults",), 1))
 
 
+def group_folder(group: str, folders: Iterable[Path]) -> Path | None:
+    """Return the folder of a group of the user's own: next to a recipe, else in the search path."""
+    if not group.isidentifier():
+        return None
+    places = [folder / group for folder in (*folders, *(root for root in roots() if root != packaged().resolve()))]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _words_of(entry: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Return the words before the group of an entry of a defaults list, such as `optional`, and the group."""
+    words = str(next(iter(entry))).split()
+    known = [word for word in words[:-1] if word in ("optional", "override")]
+    return known, " ".join(words[len(known) :]).strip("/")
+
+
 def _group_entry(entry: dict[str, Any], where: str) -> tuple[str, Choice]:
-    word, choice = next(iter(entry.items()))
-    group = word.removeprefix("override ").strip().strip("/")
-    if group not in GROUPS:
-        raise RecipeError(
-            f"{where}: defaults has no group '{group}'{did_you_mean(group, GROUPS)} (groups: {', '.join(GROUPS)})"
-        )
+    choice = next(iter(entry.values()))
+    group = _words_of(entry)[1]
     if group == "stack":
         choice = [] if choice is None else [choice] if isinstance(choice, str) else choice
         if not (isinstance(choice, list) and all(isinstance(c, str) for c in choice)):

@@ -76,7 +76,8 @@ def _word(text: str, reserved: tuple[str, ...]) -> Word:
     if sweep:
         key, _, given = text.partition("=")
         raise RecipeError(
-            f"'{text}': expected one value, got several; write a list as '{key}=[{given}]', or use `llmrecipe search`"
+            f"'{text}': expected one value, got several; to train with each of them write `llmrecipe train -m ... {text}`; "
+            f"a list is written '{key}=[{given}]'"
         )
     return _classify(text, parsed, value)
 
@@ -219,6 +220,37 @@ def _parent(word: Word, mapping: dict[str, Any]) -> dict[str, Any]:
 def chosen(words: list[Word]) -> dict[str, Word]:
     """Map each group to the last override that chose it."""
     return {str(word.key[0]): word for word in words if word.choice}
+
+
+def split_sweeps(words: list[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    """Split overrides into those that set one value, and the axes of a sweep: key -> its values, in the order of the words.
+
+    Several values are written as in Hydra: `a,b`, `choice(a,b)`, `range(1,4)`, `sort(3,1)`.
+
+    Raises:
+        RecipeError: several values without an order (`interval`, `glob`, `shuffle`), or a key that is swept twice.
+    """
+    plain: list[str] = []
+    axes: dict[str, list[Any]] = {}
+    for text in words:
+        try:
+            parsed = OverridesParser.create().parse_overrides([text])[0] if _depth(text) <= DEEPEST else None
+        except (HydraException, OmegaConfBaseException, RecursionError, ValueError):
+            parsed = None
+        if parsed is None or not parsed.is_sweep_override():
+            plain.append(text)  # what cannot be read is refused where overrides are parsed
+            continue
+        key = parsed.get_key_element().lstrip("+~").replace("/", ".")
+        given = text.partition("=")[2]
+        if not (parsed.is_choice_sweep() or parsed.is_range_sweep()) or given.startswith("shuffle("):
+            raise RecipeError(
+                f"'{text}': a grid needs its values one by one, as in {key}=a,b or {key}=range(1,4); "
+                "ranges without steps are for `llmrecipe search`"
+            )
+        if key in axes:
+            raise RecipeError(f"'{text}': {key} is swept twice")
+        axes[key] = [_plain(value) for value in parsed.sweep_iterator(lambda element: element)]
+    return plain, axes
 
 
 QUOTED = re.compile(r'(\\*)("|\Z)')

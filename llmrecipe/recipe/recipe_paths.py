@@ -1,9 +1,12 @@
-"""Search paths of recipes and presets: `./recipes` first, then the ones that ship with the package."""
+"""Search paths of recipes and presets: `--config-dir` first, then `./recipes`, then the ones that ship with the package."""
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
@@ -15,7 +18,12 @@ COMPONENT_GROUPS = ("objective", "stack", "optim", "schedule")
 PRESET_GROUPS = ("model", "data", "optim", "schedule", "runtime")
 """Groups whose options may be YAML files in a folder of that name next to the recipes."""
 GROUPS = ("model", "data", "objective", "stack", "optim", "schedule", "runtime")
-"""Every group a defaults list or `group=choice` can name."""
+"""Every group a defaults list or `group=choice` can name, besides the user's own (folders next to a recipe)."""
+GROUP_NAMES = frozenset(GROUPS)
+
+CONFIG_DIR = "LLMRECIPE_CONFIG_DIR"
+"""Variable that names a further folder of recipes and presets, for this process and those it starts."""
+_adjacent: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("adjacent", default=())
 
 
 @functools.cache
@@ -27,7 +35,8 @@ def packaged() -> Path:
 
 def roots() -> list[Path]:
     """Return the folders that are searched, in order."""
-    folders = [Path.cwd() / "recipes", packaged()]
+    named = os.environ.get(CONFIG_DIR)
+    folders = [*([Path(named)] if named else []), Path.cwd() / "recipes", packaged()]
     unique = dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir())
     return list(unique)
 
@@ -39,7 +48,7 @@ def recipes_in(root: Path) -> dict[str, Path]:
         relative = path.relative_to(root)
         if (
             path.suffix not in (".yaml", ".yml")
-            or relative.parts[0] in GROUPS
+            or not GROUP_NAMES.isdisjoint(relative.parts[:-1])
             or any(p.startswith(".") for p in relative.parts)
         ):
             continue
@@ -57,11 +66,21 @@ def all_recipes() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+@contextmanager
+def adjacent_presets(folders: Sequence[Path]) -> Iterator[None]:
+    """Inside, the presets of these folders are found too, and first: they lie next to the recipe that is composed."""
+    token = _adjacent.set(tuple(folders))
+    try:
+        yield
+    finally:
+        _adjacent.reset(token)
+
+
 def presets(group: str) -> dict[str, Path]:
-    """Return option -> file of a preset group over the search path."""
+    """Return option -> file of a preset group: next to the recipe that is composed, then over the search path."""
     found: dict[str, Path] = {}
     if group in PRESET_GROUPS:
-        for root in roots():
+        for root in dict.fromkeys([*_adjacent.get(), *roots()]):
             for path in sorted((root / group).glob("*.yaml")):
                 found.setdefault(path.stem, path)
     return found

@@ -106,6 +106,48 @@ def test_the_planted_optimum_is_found(lab: Lab, words: list[str], far: float) ->
     assert recipe.search is None and recipe.eval.test
 
 
+def test_a_sweep_is_a_grid_search_with_one_table(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values with commas, lists of methods too; the recipe's own space is not searched; the same command goes on."""
+    command = ["train", "-m", "recipe=mine", "optim.lr=1e-4,1e-3", "stack=[lora],[lora,bitfit]", "batch.size=4", "seed=1"]
+    assert app.run_command(command) == 0
+    made = [run.composition.recipe for run in lab.runs]  # type: ignore[union-attr]
+    stacks = [["lora"], ["lora", "bitfit"]]
+    assert [(r.optim["lr"], list(r.stack)) for r in made] == [(lr, stack) for lr in (1e-4, 1e-3) for stack in stacks]
+    shown = capsys.readouterr().out
+    assert shown.count("eval/loss") == 1 and shown.count("4 trials in") == 1
+    best = compose(shown.strip().splitlines()[-1].removeprefix("done: ")).recipe
+    assert (best.optim["lr"], best.batch.size, best.seed, best.search) == (1e-3, 4, 1, None)
+    assert app.run_command(command) == 0 and len(lab.runs) == 4
+
+
+def test_each_sweep_has_a_folder_of_its_own(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("llmrecipe.cli.search.run_search", lambda recipe, words: given.append(words))
+    for words in (["seed=1,2"], ["seed=1,2"], ["seed=1,3"], ["seed=1,2", "run.dir=here"]):
+        assert app.run_command(["train", "-m", "recipe=mine", *words]) == 0
+    folders = [compose("mine", words).recipe.run.dir for words in given]
+    assert folders[0] == folders[1] != folders[2] and str(folders[0]).startswith("runs/mine-sweep-") and folders[3] == "here"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "recipe=mine", "optim.lr=1e-3"], "no word lists several values"),
+        (["-m", "recipe=mine,other", "optim.lr=1e-3,1e-4"], "a sweep is over values of one recipe"),
+        (["-m", "recipe=mine", "optim.lr=1e-3,1e-4", "resume=auto"], "repeat the same command"),
+        (["-m", "recipe=mine", "optim.lr=interval(0,1)"], "a grid needs its values one by one"),
+        (["-m", "recipe=mine", "optim.lr=1,2", "optim.lr=3,4"], "optim.lr is swept twice"),
+        (["-m", "recipe=mine", "optim.lr=1e-3,fast"], "search.space.optim.lr: 'fast'"),
+        (["-m", "recipe=mine", "optim.lr=1e-3,1e-4", "data.path=rows.jsonl"], "a search needs a validation split"),
+        (["recipe=mine", "optim.lr=1e-3,1e-4"], "to train with each of them write `llmrecipe train -m ... optim.lr=1e-3,1e-4`"),
+    ],
+)
+def test_what_is_no_sweep_says_what_to_write(lab: Lab, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert app.run_command(["train", *words]) == 2 and lab.runs == []
+    assert said in capsys.readouterr().err
+
+
 def test_a_stopped_search_goes_on_to_the_same_trials_and_runs_nothing_twice(lab: Lab) -> None:
     _, whole = searched("run.dir=whole", "search.trials=6")
     lab.runs.clear()

@@ -33,6 +33,7 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
+from llmrecipe.data.formats.sources import has_split
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
 from llmrecipe.pipelines.search.samplers import new_study, sample_trial
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 OWN_WORDS = ("search=null", "eval.test=false", "save.end=false")
 """Overrides of every trial besides its point: it is no search, does not evaluate the test split, and is not continued."""
+
+NO_SPLIT = "a search needs a validation split (data.validation=0.1) and a metric of it"
 
 NOT_BEGUN = 3
 """Runs that could not begin after which a search without any result stops."""
@@ -96,6 +99,8 @@ class Search:
                 "search.parallel: each trial has several processes here; set search.parallel=1 or runtime.processes=1"
             )
         space.check_space(self.recipe, [*self.base, *OWN_WORDS], self.section)
+        if self.evaluation.monitor.startswith("eval/") and not has_split(self.composition.recipe.data, "validation"):
+            raise RecipeError(f"eval.monitor: {self.evaluation.monitor} compares the trials, and {NO_SPLIT}")
         self.mode = apart(self._examined, "search: the check of its first trial")
 
     def _examined(self) -> Direction:
@@ -260,10 +265,7 @@ class Search:
     def _value(self, planned: Planned) -> float:
         values = [value for _, value in self._curve(planned)]
         if not values:
-            raise RecipeError(
-                f"eval.monitor: the run {planned.dir} has no {self.evaluation.monitor}; a search needs a validation split "
-                "(data.validation=0.1) and a metric of it"
-            )
+            raise RecipeError(f"eval.monitor: the run {planned.dir} has no {self.evaluation.monitor}; {NO_SPLIT}")
         best = min if self.mode == "min" else max
         return best(values) if self.evaluation.load_best else values[-1]
 
