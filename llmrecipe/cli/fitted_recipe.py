@@ -13,7 +13,7 @@ from llmrecipe.core.errors import DataError, RecipeError, UserError
 from llmrecipe.recipe.overrides import as_word
 
 if TYPE_CHECKING:
-    from llmrecipe.data.formats.guess import Reading
+    from llmrecipe.data.formats.guess import RowReading
     from llmrecipe.data.formats.sources import Part
     from llmrecipe.recipe.schema import DataSection
 
@@ -55,7 +55,7 @@ class Fitted:
     file: str
     parent: str
     objective: str
-    reading: Reading
+    reading: RowReading
     rows: int
     others: list[str]
     """Other objectives that read such rows."""
@@ -75,7 +75,7 @@ class Fitted:
         return [*chosen, *([f"stack={stack}"] if stack else []), *found]
 
 
-def fit(
+def fit_recipe(
     file: str, name: str, model: str | None, columns: dict[str, str], objective: str | None, stack: list[str] | None
 ) -> Fitted:
     """Read a file and find out which recipe fits it.
@@ -273,7 +273,7 @@ def _template(found: Fitted, sample: list[dict[str, Any]], has_own: bool) -> str
     if rows not in ("dialogue", "preference", "unpaired", "prompt") or detected.name in ("text", "tokens"):
         return None
     if has_own:
-        found.remarks.append("template     the model's own, so that it is trained as it will be asked")
+        found.remarks.append("template     the model's own, so that it is trained as it will be used")
         return "own"
     row = map_columns(sample[0], {**found.settings["data"].get("columns", {})}, sample=True)
     made = detected.format.convert(row, Conversion(rows, template=True))[0]

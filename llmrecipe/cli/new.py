@@ -169,14 +169,14 @@ def _fitted(
     """Write a recipe fitted to a file, with the schema that its first line names."""
     import json
 
-    from llmrecipe.cli.fitted_recipe import SCHEMA, fit, free_name, readable, recipe_text
+    from llmrecipe.cli.fitted_recipe import SCHEMA, fit_recipe, free_name, readable, recipe_text
     from llmrecipe.recipe.compose import load_entry_points
     from llmrecipe.recipe.jsonschema import json_schema
 
     load_entry_points()
     methods = _chosen(objective, stack)
     path = _recipe_file(name or free_name(Path(file.partition(":")[2] or file).name.split(".")[0]))
-    found = fit(file, path.stem, model, _mapping(columns), objective, methods)
+    found = fit_recipe(file, path.stem, model, _mapping(columns), objective, methods)
     _write(path, recipe_text(found, _word(path)))
     try:
         note = readable(found, path)
