@@ -13,7 +13,7 @@ from llmrecipe.core.errors import DataError, RecipeError, UserError
 from llmrecipe.recipe.overrides import as_word
 
 if TYPE_CHECKING:
-    from llmrecipe.data.formats.guess import RowReading
+    from llmrecipe.data.formats.guess import FormatGuess
     from llmrecipe.data.formats.sources import Part
     from llmrecipe.recipe.schema import DataSection
 
@@ -55,7 +55,7 @@ class Fitted:
     file: str
     parent: str
     objective: str
-    reading: RowReading
+    reading: FormatGuess
     rows: int
     others: list[str]
     """Other objectives that read such rows."""

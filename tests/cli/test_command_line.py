@@ -199,8 +199,9 @@ def test_schema_describes_every_key_and_kind(capsys: pytest.CaptureFixture[str])
     assert set(schema["properties"]) == {*Recipe.model_fields, "defaults"}
     assert schema["additionalProperties"] is False and schema["required"] == []
     assert "continue" in schema["$defs"]["ModelSection"]["properties"]
-    kinds = {ref["$ref"].rsplit(".", 1)[-1] for ref in schema["properties"]["stack"]["additionalProperties"]["anyOf"]}
-    assert kinds == set(registry.names("stack"))
+    entries = schema["then"]["properties"]["stack"]
+    assert set(entries["properties"]) == set(entries["additionalProperties"]["properties"]["kind"]["enum"])
+    assert set(entries["properties"]) == set(registry.names("stack"))
     lora = schema["$defs"]["stack.lora"]
     assert lora["additionalProperties"] is False
     assert lora["properties"]["r"]["anyOf"][0]["exclusiveMinimum"] == 0 and lora["properties"]["r"]["description"]

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class RowReading:
+class FormatGuess:
     """One way to read some rows."""
 
     rows: str
@@ -36,7 +36,7 @@ class RowReading:
         return (-len(self.used), len(self.found.aliases), self.numbers != (self.rows == "scored"))
 
 
-def readings(part: Part, sample: Sequence[Row], order: Sequence[str], columns: dict[str, str]) -> list[RowReading]:
+def readings(part: Part, sample: Sequence[Row], order: Sequence[str], columns: dict[str, str]) -> list[FormatGuess]:
     """Return every way to read some rows, the likeliest first.
 
     A reading counts where at least one row can be converted. The one that uses most columns comes first, then the one with
@@ -53,7 +53,7 @@ def readings(part: Part, sample: Sequence[Row], order: Sequence[str], columns: d
     """
     where = part.reader.name
     mapped = [map_columns(row, columns, sample=True) for row in sample]
-    found: list[RowReading] = []
+    found: list[FormatGuess] = []
     unclear: str | None = None
     for rows in order:
         try:
@@ -65,7 +65,7 @@ def readings(part: Part, sample: Sequence[Row], order: Sequence[str], columns: d
         named = [map_columns(row, detected.aliases, sample=True) for row in mapped]
         used = detected.format.matches(named[0])
         if used is not None and _converts(detected, rows, part, mapped):
-            found.append(RowReading(rows, detected, used, _marked_by_numbers(used, named)))
+            found.append(FormatGuess(rows, detected, used, _marked_by_numbers(used, named)))
     best = min(found, key=lambda reading: reading.fits, default=None)
     if best is None or (unclear and len(best.used) == 1):
         raise DataError(unclear or _nothing_fits(where, mapped[0]))
