@@ -32,6 +32,18 @@ class Cluster:
     master: str = f"127.0.0.1:{PORT}"
     """HOST:PORT of machine 0; used when there are several."""
 
+    def check(self, nproc: int) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            UserError: naming them.
+        """
+        if nproc < 1 or self.nodes < 1 or not 0 <= self.node < self.nodes:
+            raise UserError(f"launch: impossible: {nproc} processes on machine {self.node} of {self.nodes}")
+        host, _, port = self.master.rpartition(":")
+        if self.nodes > 1 and not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise UserError(f"launch: --master: must be HOST:PORT, with a port from 1 to 65535; got '{self.master}'")
+
 
 def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), program: Sequence[str] | None = None) -> int:
     """Run a command on N processes and wait; return the exit code of the worker that failed first, or 0.
@@ -42,9 +54,10 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
         program: the program to run; default `python -m llmrecipe`.
 
     Raises:
-        UserError: the machines could not connect to each other, or the numbers make no sense.
+        UserError: the machines could not connect to each other, the port is in use, or the numbers make no sense.
         Interrupted: a signal stopped the run; the workers were given time to write a checkpoint.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -61,9 +74,28 @@ def launch(args: Sequence[str], nproc: int, cluster: Cluster = Cluster(), progra
         return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
     except SignalException as error:
         raise Interrupted(f"stopped by {error.sigval.name}; the workers were signalled to write a checkpoint") from error
-    except RendezvousError as error:
-        raise UserError(f"launch: the machines could not connect to each other at {cluster.master}: {error}") from error
+    except (RendezvousError, DistError) as error:
+        ports = "--master HOST:PORT; PET_MASTER_PORT under --rendezvous kubernetes"
+        raise no_meeting("launch", cluster.master, ports, error) from error
     return 0
+
+
+def no_meeting(who: str, place: str, ports: str, error: Exception) -> UserError:
+    """Return the error that says why processes could not meet.
+
+    Args:
+        who: what the message begins with.
+        place: HOST:PORT at which one of them listens.
+        ports: what names another port.
+    """
+    # The first line says what happened; torch may add its own frames.
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return UserError(
+            f"{who}: {place} is in use by another program, perhaps a training that still runs there; end it, or give every "
+            f"machine another port ({ports})"
+        )
+    return UserError(f"{who}: the processes could not connect to each other at {place}: {text}")
 
 
 def launch_config(nproc: int, cluster: Cluster) -> LaunchConfig:
@@ -74,8 +106,7 @@ def launch_config(nproc: int, cluster: Cluster) -> LaunchConfig:
     """
     from torch.distributed.launcher.api import LaunchConfig
 
-    if nproc < 1 or cluster.nodes < 1 or not 0 <= cluster.node < cluster.nodes:
-        raise UserError(f"launch: impossible: {nproc} processes on machine {cluster.node} of {cluster.nodes}")
+    cluster.check(nproc)
     one = cluster.nodes == 1
     return LaunchConfig(
         min_nodes=cluster.nodes,

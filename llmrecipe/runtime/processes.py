@@ -28,6 +28,7 @@ from torch.autograd.function import FunctionCtx
 
 from llmrecipe.core.errors import LlmRecipeError, RecipeError
 from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
+from llmrecipe.runtime.distributed_launch import no_meeting
 
 T = TypeVar("T")
 
@@ -82,6 +83,7 @@ class Runtime:
         Raises:
             RecipeError: the device does not exist, the processes started are not `runtime.processes`, or one process is to
                 divide what it trains.
+            UserError: they could not connect to each other, or the port of the first one is in use.
             LlmRecipeError: accelerate did not join the processes.
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -114,9 +116,14 @@ class Runtime:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         # Without cpu=True accelerate silently runs N separate training runs on a machine that has no GPU.
-        accelerator = Accelerator(
-            cpu=kind == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-        )
+        try:
+            accelerator = Accelerator(
+                cpu=kind == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+            )
+        except (dist.DistError, ValueError) as error:
+            _forget_accelerate()
+            place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+            raise no_meeting("runtime.processes", place, "MASTER_PORT", error) from error
         got = accelerator.num_processes
         if got != started or not dist.is_initialized() or dist.get_world_size() != started:
             raise LlmRecipeError(f"{started} processes were started and accelerate joined {got}; nothing would be synchronised")
@@ -295,8 +302,6 @@ class Runtime:
     def close(self) -> None:
         """Leave the process group; may be called twice, and after an error on one rank."""
         if self.accelerator is not None:
-            from accelerate.state import AcceleratorState, PartialState
-
             self.accelerator = None
             if dist.is_initialized():
                 # The destructor of a gloo group joins gloo's threads while it holds the interpreter lock, and one of them may
@@ -307,9 +312,7 @@ class Runtime:
                 # destructor, which aborts the process: let them drop what they hold while the lock is free.
                 time.sleep(GRACE)
                 dist.destroy_process_group()
-            # accelerate keeps its state in the process; the next run in this process starts clean.
-            AcceleratorState._reset_state(reset_partial_state=False)
-            PartialState._reset_state()
+            _forget_accelerate()
 
 
 class _OwnRows(FunctionCtx):
@@ -335,6 +338,14 @@ class _Gathered(torch.autograd.Function):
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.own], None, None
+
+
+def _forget_accelerate() -> None:
+    """Drop what accelerate keeps in the process, so that the next run in it starts clean."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    PartialState._reset_state()
 
 
 def _sharding() -> ModuleType:

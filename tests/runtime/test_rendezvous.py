@@ -7,13 +7,17 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import config_from_args, parse_args
 
+from llmrecipe.cli.app import run_command
 from llmrecipe.core.errors import UserError
+from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.distributed_launch import Cluster, launch_config
+from llmrecipe.runtime.processes import Runtime
 from llmrecipe.runtime.rendezvous import cluster_of, first_node, read_hostfile
 from tests.support import ROOT
 from tests.trainings import curve
@@ -105,6 +109,43 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port at which another program listens."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as other:
+        other.bind(("", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_a_port_of_machine_0_that_is_in_use_is_named(taken: int, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["recipe=sft_lora", "runtime.device=cpu", "--nodes", "2", "--nproc", "1", "--master", f"127.0.0.1:{taken}"]
+    assert run_command(["launch", *words]) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"launch: 127.0.0.1:{taken} is in use by another program" in said and "--master HOST:PORT" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("master", ["somewhere", "somewhere:", ":29400", "somewhere:0", "somewhere:65536", "somewhere:http"])
+def test_a_meeting_place_that_is_none_is_refused(master: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--master: must be HOST:PORT, with a port from 1 to 65535; got '{master}'")):
+        launch_config(1, Cluster(2, 0, master))
+
+
+def test_a_process_says_which_port_is_in_use_and_leaves_nothing_behind(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**started, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken)}.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"runtime\.processes: 127\.0\.0\.1:{taken} is in use .*\(MASTER_PORT\)"):
+            Runtime.start(RuntimeSection(device="cpu", processes=2))
+    monkeypatch.setenv("MASTER_PORT", "http")
+    with pytest.raises(
+        UserError, match=r"runtime\.processes: the processes could not connect to each other at 127\.0\.0\.1:http"
+    ):
+        Runtime.start(RuntimeSection(device="cpu", processes=2))
 
 
 @pytest.mark.slow
