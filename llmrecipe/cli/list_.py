@@ -66,7 +66,8 @@ def show_pairs(as_json: bool) -> None:
 
     refused = [pair for pair in found if pair.reason]
     out = console()
-    out.print(f"{len(found) - len(refused)} of {len(found)} pairs of wrappers train together; refused:")
+    trained = len(found) - len(refused)
+    out.print(f"{trained} of {len(found)} pairs of wrappers train together with their default options; refused:")
     table = Table("one", "other", "why not", box=None, header_style="bold")
     for pair in refused:
         table.add_row(pair.first, pair.second, pair.reason)

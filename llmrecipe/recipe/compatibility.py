@@ -1,4 +1,4 @@
-"""Which wrappers may share a stack: the table behind `list --pairs`, from the declared facts of each kind."""
+"""Which wrappers may share a stack, with default options: the table behind `list --pairs`, from what each kind declares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MethodPair:
     first: str
     second: str
     reason: str | None
-    """Why the pair is refused, in one line; None where it trains."""
+    """Why the pair is refused with default options, in one line; None where it trains."""
 
 
 def pairs() -> list[MethodPair]:
@@ -24,6 +24,6 @@ def pairs() -> list[MethodPair]:
     found = []
     for first, second in combinations_with_replacement(registry.names("stack"), 2):
         stack = [Declared.of_spec(name, registry.spec("stack", kind)) for name, kind in (("a", first), ("b", second))]
-        reason = next((refusal.reason for refusal in refusals(stack) if refusal.reason), None)
+        reason = next((refusal.reason for refusal in refusals(stack, by_default=True) if refusal.reason), None)
         found.append(MethodPair(first, second, reason))
     return found

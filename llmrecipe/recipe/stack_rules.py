@@ -44,6 +44,8 @@ class Declared:
     """What it does with gradients, where it cannot do without."""
     conflicts: Mapping[str, str] = field(default_factory=dict)
     """Kind -> why it cannot share a stack with this one."""
+    conflicts_by_default: Mapping[str, str] = field(default_factory=dict)
+    """Kind -> why it cannot with its default options."""
     modality: str = ""
     """What a model must read for it; empty where anything will do."""
     requires: Sequence[str] = ()
@@ -78,7 +80,8 @@ class Declared:
             stage == "RULE",
             bool(facts["gradient_free"]),
             str(facts["needs_gradients"] or ""),
-            facts["conflicts"] if isinstance(facts["conflicts"], Mapping) else {},
+            _mapping(facts["conflicts"]),
+            _mapping(facts["conflicts_by_default"]),
             str(facts["modality"] or ""),
             tuple(facts["requires"] or ()),
             str(facts["needs_base"] or ""),
@@ -86,10 +89,16 @@ class Declared:
             stage in FREEZING and not role,
         )
 
-    def refuses(self, other: Declared) -> str | None:
-        """Return why this one cannot share a stack with another one; None where nothing it declares forbids it."""
+    def refuses(self, other: Declared, by_default: bool = False) -> str | None:
+        """Return why this one cannot share a stack with another one; None where nothing it declares forbids it.
+
+        Args:
+            by_default: the other one has its default options.
+        """
         if other.kind in self.conflicts:
             return self.conflicts[other.kind]
+        if by_default and other.kind in self.conflicts_by_default:
+            return self.conflicts_by_default[other.kind]
         if self.modality and other.modality and self.modality != other.modality:
             return f"{self.kind} is for models that read {self.modality}, {other.kind} for models that read {other.modality}"
         if self.needs_gradients and other.gradient_free:
@@ -101,12 +110,20 @@ class Declared:
         return None
 
 
-FACTS = ("stage", "gradient_free", "needs_gradients", "conflicts", "modality", "requires", "needs_base", "alone")
+FACTS = (
+    "stage", "gradient_free", "needs_gradients", "conflicts", "conflicts_by_default", "modality", "requires", "needs_base",
+    "alone",
+)  # fmt: skip
 """Class attributes that are read."""
 DEFAULT_STAGE = "INJECT"
 """The stage of a method whose source names none."""
 FREEZING = ("INJECT", "SELECT")
 """Stages whose methods freeze the base."""
+
+
+def _mapping(value: object) -> Mapping[str, str]:
+    """Return what a kind declares, or nothing where its source does not say it literally."""
+    return value if isinstance(value, Mapping) else {}
 
 
 @dataclass(frozen=True)
@@ -120,15 +137,19 @@ class Refusal:
     """The bare reason, where it is between two entries."""
 
 
-def refusals(stack: Sequence[Declared]) -> list[Refusal]:
-    """Return everything the declarations forbid: conflicts, missing requirements, two update rules."""
-    return [*_conflicts(stack), *_missing(stack), *_rules(stack)]
+def refusals(stack: Sequence[Declared], by_default: bool = False) -> list[Refusal]:
+    """Return everything the declarations forbid: conflicts, missing requirements, two update rules.
+
+    Args:
+        by_default: all entries have their default options.
+    """
+    return [*_conflicts(stack, by_default), *_missing(stack), *_rules(stack)]
 
 
-def _conflicts(stack: Sequence[Declared]) -> Iterator[Refusal]:
+def _conflicts(stack: Sequence[Declared], by_default: bool) -> Iterator[Refusal]:
     for first, second in combinations(stack, 2):
         for one, other in ((first, second), (second, first)):
-            if reason := one.refuses(other):
+            if reason := one.refuses(other, by_default):
                 yield Refusal(one.name, f"{one.name} and {other.name} cannot share a stack: {reason}", reason)
                 break
 

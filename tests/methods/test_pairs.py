@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from llmrecipe.core import registry
+from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
@@ -134,8 +136,6 @@ def test_gradients_of_a_pair_equal_float64(first: str, second: str, monkeypatch:
     assert slope == pytest.approx(float(norm), rel=2e-3)
 
 
-WITH_EXPERTS = {"ia3": {"scaled": ["key", "value"]}}
-"""Options under which a method leaves the experts to one that trains copies of them; by default the run refuses both."""
 ENCODED = [(a, b) for a, b in LEGAL if {a, b} & set(FAMILY) and not {a, b} & RULES]
 """Pairs with a method that is made for encoders."""
 
@@ -145,11 +145,13 @@ ENCODED = [(a, b) for a, b in LEGAL if {a, b} & set(FAMILY) and not {a, b} & RUL
 @pytest.mark.parametrize("order", ["as listed", "reversed"])
 def test_both_parts_of_a_pair_on_an_encoder(first: str, second: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have gradients, and those are the slope of the loss in float64."""
-    if order == "reversed":
-        first, second = second, first
+    trained_together(*((second, first) if order == "reversed" else (first, second)), EXACT, monkeypatch)
+
+
+def trained_together(first: str, second: str, options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train both on a model that one of them is made for, under options by kind."""
     kinds = (first, second)
     family = next((FAMILY[k] for k in kinds if k in MIXTURES), None) or next(FAMILY[k] for k in kinds if k in FAMILY)
-    options = {**EXACT, **(WITH_EXPERTS if {*kinds} & {*MIXTURES} else {})}
     wrappers = [wrapper_of(k, n, **options.get(k, {})) for k, n in ((first, "one"), (second, "two"))]
     made = put(model_of(family), *wrappers)
     made.stack.before_step(made.model, 0)
@@ -165,6 +167,62 @@ def test_both_parts_of_a_pair_on_an_encoder(first: str, second: str, order: str,
         wide_norms(monkeypatch, made.model)
         slope, wanted = slopes(made)
         assert wanted > 0.5 and slope == pytest.approx(wanted, rel=1e-5)
+
+
+BY_DEFAULT = {("esft", "ia3"): {"ia3": {"scaled": ["key", "value"]}}}
+"""Pairs that the table refuses for what their default options do -> options under which both train."""
+
+
+def test_pairs_that_are_refused_by_default_alone_are_known() -> None:
+    declared = {k: registry.spec("stack", k).facts.get("conflicts_by_default") or {} for k in registry.names("stack")}
+    assert {tuple(sorted((one, other))) for one, others in declared.items() for other in others} == set(BY_DEFAULT)
+
+
+@pytest.mark.parametrize("pair", BY_DEFAULT, ids="-".join)
+def test_a_pair_refused_by_default_is_refused_by_the_run_and_trains_with_the_options_it_names(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = [p for p in ALL if (p.first, p.second) == pair]
+    ((kind, changed),) = BY_DEFAULT[pair].items()
+    assert all(f"{kind}'s {key}=[{','.join(value)}]" in str(found.reason) for key, value in changed.items())
+    for first, second in (pair, pair[::-1]):
+        # A stack is judged by the options it has, so that its declaration alone refuses nothing.
+        stack = [wrapper_of(first, "one"), wrapper_of(second, "two")]
+        with pytest.raises(ModelError, match="as well; leave them out"):
+            put(model_of(FAMILY[pair[0]]), *stack)
+        trained_together(first, second, BY_DEFAULT[pair], monkeypatch)
+
+
+SIZES = {"block", "budget", "depths", "hidden", "n_tokens", "num_batches", "num_samples", "num_virtual_tokens", "p", "r"}
+"""Options of the small models' table that say how much, and not what is trained."""
+MODELS = ("llama", "gpt2", "bert", "native-mixture")
+
+
+def attached(family: str, kinds: tuple[str, ...]) -> bool:
+    """Whether kinds share a model, each with its own defaults up to sizes."""
+    chosen = [{k: v for k, v in OPTIONS.get(kind, {}).items() if k in SIZES} for kind in kinds]
+    wrappers = [registry.load_class("stack", kind)(name=f"{kind}_{i}", **chosen[i]) for i, kind in enumerate(kinds)]
+    try:
+        put(model_of(family), *wrappers)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def homes() -> dict[str, list[str]]:
+    """Kind -> the models it takes by itself."""
+    return {kind: [f for f in MODELS if attached(f, (kind,))] for kind in registry.names("stack")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", registry.names("stack"))
+def test_what_the_table_says_trains_is_attached_with_packaged_defaults(first: str, homes: dict[str, list[str]]) -> None:
+    """On some model that takes each of the two alone; both orders."""
+    for one, second in LEGAL:
+        both = [family for family in homes[one] if one == first and family in homes[second]]
+        for kinds in ((one, second), (second, one)) if both else ():
+            assert any(attached(family, kinds) for family in both), f"{kinds} share none of {both}"
 
 
 FORWARD = sorted({a if b == "mezo" else b for a, b in LEGAL if "mezo" in (a, b)} - {"mezo"})

@@ -122,6 +122,9 @@ class Wrapper:
     """What to use on a model of another modality, as the end of a message."""
     conflicts: ClassVar[dict[str, str]] = {}
     """Kind -> the one-line reason why it cannot share a stack with this one."""
+    conflicts_by_default: ClassVar[dict[str, str]] = {}
+    """Kind -> why its default options cannot share a stack with this one, and which can. What was given is judged when both are
+    attached (`check_attached`); tables of pairs say this."""
     needs_gradients: ClassVar[str] = ""
     """What the method does with gradients, such as `masks gradients`, where it cannot do without them."""
     gradient_free: ClassVar[bool] = False

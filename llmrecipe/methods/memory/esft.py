@@ -52,6 +52,9 @@ class Esft(Wrapper):
         "diff_pruning": "it selects entries of the experts, and the chosen experts train as copies",
         "group_mask": "it selects entries of the experts, and the chosen experts train as copies",
     }
+    conflicts_by_default: ClassVar[dict[str, str]] = {
+        "ia3": "it scales inside the experts too, which copies would not see; with ia3's scaled=[key,value] both train",
+    }
 
     score: Literal["token", "gate"] = "token"
     """Share of routed places, or average gate."""
