@@ -150,14 +150,14 @@ def test_a_bfloat16_base_written_in_float32_keeps_the_whole_change(tmp_path: Pat
     assert done.difference.largest <= 1e-5 * done.difference.scale
 
 
-MERGEABLE = [k for k in CHANGES if registry.spec("stack", k).facts.get("mergeable") and k not in MIXTURES]
+MERGEABLE = [k for k in CHANGES if registry.spec("stack", k).facts.get("mergeable")]
 ADDED = {"bitfit": ".bias"}
 """Ending of what a method adds to the architecture itself, with its flag in the config."""
 
 
 @pytest.mark.parametrize("kind", MERGEABLE)
 def test_a_merged_folder_holds_the_tensors_of_the_base_and_no_others(tmp_path: Path, kind: str) -> None:
-    base = base_folder(tmp_path)
+    base = base_folder(tmp_path, "olmoe" if kind in MIXTURES else "llama")
     options = {**OPTIONS.get(kind, {}), **({"l0_steps": 1} if kind == "diff_pruning" else {})}
     saved_run(tmp_path / "run", base, registry.load_class("stack", kind)(name="one", **options), steps=2)
     found, own = headers(export_merged(tmp_path / "run", bound=1.0).path), headers(base)

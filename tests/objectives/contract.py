@@ -137,6 +137,7 @@ def test_a_micro_batch_without_rows_is_nothing(name: str, packing: bool) -> None
     """A process that has no rows left takes part in the step: weight 0, loss 0 with a graph, gradients exactly 0."""
     case = Case(name, packing=packing)
     (batch,) = case.micros([])
+    assert batch.tokens == 0, "what fills it was not read"
     total, weight, metrics, gradients = case.sums([batch])
     assert (total, weight) == (0.0, 0.0)
     assert all(value == (0.0, 0.0) for value in metrics.values())

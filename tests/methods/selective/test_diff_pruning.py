@@ -182,6 +182,22 @@ def test_gates_are_formed_once_a_step_whatever_the_micro_batches(monkeypatch: py
         drawn.clear()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("micros", "most"), [(1, 2.0), (8, 1.4)])
+def test_a_step_takes_at_most_twice_that_of_full_fine_tuning(micros: int, most: float):
+    """CPU seconds: what depends on weights alone is no work of a micro-batch (1.6 where it is)."""
+    from tests.benchmarks.weight_work import step, subject
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pair = {"full": subject([]), "diff_pruning": subject(["diff_pruning"])}
+        times = {name: [step(*parts, micros, number) for number in range(4)] for name, parts in pair.items()}
+    finally:
+        torch.set_num_threads(threads)
+    assert min(times["diff_pruning"][1:]) <= most * min(times["full"][1:]), times
+
+
 def test_checkpointing_sees_the_same_gates():
     grads = []
     for checkpointing in (False, True):
