@@ -19,6 +19,8 @@ from torch import Tensor
 from llmrecipe.core.console import lasting, say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.overlap import shared_rows
+from llmrecipe.data.token_data import TokenData
 from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import DELTA_FILE, describe_base
 from llmrecipe.recipe.rights import RIGHTS
@@ -300,6 +302,9 @@ def score_test(run: RunState) -> dict[str, float]:
     test = test_rows(run.recipe, run.objective, run.data, run.tokenizer)
     if test is None:
         return {}
+    shared = shared_rows(run.data, test) if isinstance(run.data, TokenData) and isinstance(test, TokenData) else 0
+    if shared:
+        run.events.warning(f"{shared} of {len(test)} test rows are also training rows, so they measure what was memorised")
     metrics = evaluate(replace(run.evaluation(), samples=run.recipe.eval.bootstrap), test)
     run.events.evaluation(step=run.progress.step, **{f"test/{k}": v for k, v in metrics.items()})
     return metrics

@@ -18,9 +18,11 @@ from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.overlap import shared_rows
 from llmrecipe.data.validation import warnings
 from llmrecipe.recipe.schema import DataSection
+from llmrecipe.runs.events import read_events
 from llmrecipe.training.dry_run import check
 from llmrecipe.training.read_rows import note_unread
 from tests.data.toys import byte_tokenizer
+from tests.trainings import train_recipe
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -111,6 +113,23 @@ def test_overlap_of_training_and_validation_is_counted(tmp_path: Path) -> None:
     other = write(tmp_path / "other.jsonl", [{"text": f"Row {i}."} for i in range(6, 10)])
     found = check("clm", [f"data.path={path}", f"data.validation={other}"])
     assert (found.data["overlap"], found.data["compared"]) == (2, 4)
+
+
+def test_test_rows_that_were_trained_on_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", [{"prompt": f"Say {i}.", "completion": "Yes."} for i in range(4)])
+    other = write(tmp_path / "test.jsonl", [{"prompt": f"Say {i}.", "completion": "Yes."} for i in range(3, 6)])
+    words = [
+        f"data.path={path}",
+        f"data.test={other}",
+        "batch.size=2",
+        "steps=1",
+        "epochs=null",
+        "eval.bootstrap=0",
+        "eval.test=true",
+    ]
+    train_recipe(tmp_path / "run", "sft_lora", *words)
+    found = [event["message"] for event in read_events(tmp_path / "run" / "events.jsonl", "warning")]
+    assert "1 of 3 test rows are also training rows, so they measure what was memorised" in found
 
 
 def labelled(classes: int) -> list[dict[str, Any]]:

@@ -323,3 +323,16 @@ def test_rows_of_another_layout_are_named_by_the_columns_they_have(tmp_path: Pat
         DataError, match=r"1 x not a messages row, first at .*a.jsonl:2: it has no column .*, but prompt, completion"
     ):
         prepare(DataSection(path=str(tmp_path / "a.jsonl"), cache=False), byte_tokenizer(), "dialogue", seed=0)
+
+
+@pytest.mark.parametrize(("rows", "row", "reason"), [
+    ("preference", {"prompt": None, "question": "q", "chosen": "The sky is", "rejected": "The sea is"}, "'prompt' is null"),
+    ("preference", {"chosen": "Blue", "rejected": "Red"}, "chosen and rejected share no prompt"),
+    ("labelled", {"text": "t", "label": {"a": 1}}, "'label' is neither text nor a number"),
+    ("dialogue", {"messages": [U, A], "chat_template_kwargs": "x"}, "'chat_template_kwargs' is no mapping"),
+    ("dialogue", {"messages": [U, A], "chat_template_kwargs": {"tools": [1]}}, "gives what the template gets in another way"),
+])  # fmt: skip
+def test_what_a_row_lacks_or_gives_in_a_wrong_way_is_named(rows: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        detect([row], rows, "auto", "f").convert(row, Conversion(rows))
+    assert reason in caught.value.reason

@@ -106,11 +106,13 @@ def label_of(row: Row) -> int | float | str | list[Any]:
     """Return the label of a row.
 
     Raises:
-        BadRow: there is none.
+        BadRow: there is none, or it is no label.
     """
     label = row["label"]
-    if label is None or not isinstance(label, bool | int | float | str | list):
-        raise BadRow("'label' is missing", f"{label!r:.80}")
+    if label is None:
+        raise BadRow("'label' is missing")
+    if not isinstance(label, bool | int | float | str | list):
+        raise BadRow("'label' is neither text nor a number, nor a list of those", f"{label!r:.80}")
     for one in label if isinstance(label, list) else [label]:
         if isinstance(one, float) and not math.isfinite(one):
             raise BadRow("'label' is not a finite number", f"{label!r:.80}")

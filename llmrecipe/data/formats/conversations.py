@@ -90,9 +90,29 @@ def with_choices(row: Row, conversion: Conversion) -> Row:
     return {**{k: v for k, v in found.items() if k not in every}, "choices": [found[name] for name in every]}
 
 
+GIVEN = (
+    "conversations",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "return_assistant_tokens_mask",
+    "add_generation_prompt",
+)
+"""Variables of a chat template that a row cannot set by `chat_template_kwargs`."""
+
+
 def template_extras(row: Row) -> Row:
-    """Return what a chat template reads in addition to messages."""
+    """Return what a chat template reads in addition to messages.
+
+    Raises:
+        BadRow: the further variables are no mapping, or one is what the template gets in another way.
+    """
     tools, kwargs = tools_of(row), row.get("chat_template_kwargs")
+    if kwargs and not isinstance(kwargs, dict):
+        raise BadRow("'chat_template_kwargs' is no mapping", f"{kwargs!r:.80}")
+    if taken := next((name for name in kwargs or () if name in GIVEN), None):
+        raise BadRow("'chat_template_kwargs' gives what the template gets in another way", f"{taken}: {kwargs[taken]!r:.60}")
     return {**({"tools": tools} if tools else {}), **({"kwargs": kwargs} if kwargs else {})}
 
 

@@ -35,7 +35,7 @@ def read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
     """Read CSV with a header line, which tells the delimiter; pyarrow's number of a damaged row becomes file:line.
 
     Raises:
-        DataError: another encoding, a column that stands twice, a row of another length, or quotes that are not closed.
+        DataError: another encoding, a column that is there two times, a row of another length, or quotes that are not closed.
     """
     _check_encoding(content, path)
     if not content.strip():

@@ -14,6 +14,8 @@ from llmrecipe.data.formats.messages import ROLES, is_messages, is_transcript, m
 def from_preference(row: Row, conversion: Conversion) -> list[Row]:
     """Convert a pair with a separate prompt, or one whose dialogues contain it; a file may mix them."""
     chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is None and "prompt" in row and answers_alone(row):
+        raise BadRow("'prompt' is null, and the answers do not hold it")
     if row.get("prompt") is None or (is_transcript(chosen) and is_transcript(rejected)):
         return _from_dialogues(row, chosen, rejected, conversion)
     return paired(row, row, conversion)
@@ -85,10 +87,10 @@ def _from_dialogues(row: Row, chosen: object, rejected: object, conversion: Conv
     if is_messages(chosen) and is_messages(rejected):
         chosen, rejected = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
         cut = shared_turns([chosen, rejected])
-        if not cut:
-            raise BadRow("chosen and rejected share no prompt")
     elif isinstance(chosen, str) and isinstance(rejected, str):
         cut = shared_text(chosen, rejected)
     else:
         raise BadRow("chosen and rejected are of different kinds", f"{type(chosen).__name__}, {type(rejected).__name__}")
+    if not chosen[:cut]:
+        raise BadRow("chosen and rejected share no prompt")
     return paired({**row, "prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}, row, conversion)
