@@ -111,8 +111,11 @@ def template_extras(row: Row) -> Row:
     tools, kwargs = tools_of(row), row.get("chat_template_kwargs")
     if kwargs and not isinstance(kwargs, dict):
         raise BadRow("'chat_template_kwargs' is no mapping", f"{kwargs!r:.80}")
-    if taken := next((name for name in kwargs or () if name in GIVEN), None):
-        raise BadRow("'chat_template_kwargs' gives what the template gets in another way", f"{taken}: {kwargs[taken]!r:.60}")
+    taken = [name for name in kwargs or () if name in GIVEN]
+    if kwargs and taken:
+        raise BadRow(
+            "'chat_template_kwargs' gives what the template gets in another way", f"{taken[0]}: {kwargs[taken[0]]!r:.60}"
+        )
     return {**({"tools": tools} if tools else {}), **({"kwargs": kwargs} if kwargs else {})}
 
 
