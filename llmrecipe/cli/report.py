@@ -17,6 +17,7 @@ ORDER = 31
 def verb(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: RUN/report.html.")] = None,
+    card: Annotated[Path | None, typer.Option("--card", help="Also draw outcome and score as SVG, for a README.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Serve the page on this machine, where it follows the run.")] = False,
     port: Annotated[int, typer.Option("--port", help="With --live: the port; 0 takes a free one.", min=0, max=65535)] = 0,
     as_json: Json = False,
@@ -26,22 +27,27 @@ def verb(
     With --live the page is served at 127.0.0.1 instead, until Ctrl-C, and shows a running training as it goes on.
     """
     if live:
-        _serve(run, out, port, as_json)
+        _serve(run, out or card, port, as_json)
         return
     from llmrecipe.core.errors import RunError
     from llmrecipe.runs.report.page import run_page
     from llmrecipe.runs.run_record import read_run
 
     target = out or run / "report.html"
-    text = run_page(run)
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"report: cannot write {target}: {error.strerror or error}") from error
+    files = {target: run_page(run)}
+    if card is not None:
+        from llmrecipe.runs.report.card import report_card
+
+        files[card] = report_card(run)
+    for path, text in files.items():
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"report: cannot write {path}: {error.strerror or error}") from error
     if as_json:
         print_json({"report": str(target), **read_run(run).facts()})
     else:
-        print(f"report: {target}")
+        print(f"report: {target}" + (f"\ncard: {card}" if card is not None else ""))
 
 
 def _serve(run: Path, out: Path | None, port: int, as_json: bool) -> None:
@@ -57,7 +63,7 @@ def _serve(run: Path, out: Path | None, port: int, as_json: bool) -> None:
     from llmrecipe.runs.report.serve import ReportServer
 
     if out is not None:
-        raise RunError("report: --out writes a file and --live serves a page; give one of them")
+        raise RunError("report: --out and --card write a file and --live serves a page; give one of them")
     with ReportServer(run, port) as server:
         if as_json:
             print_json({"report": server.address})

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -235,6 +236,28 @@ def test_a_served_page_is_for_this_machine_and_one_run_alone(served: ReportServe
 def test_what_live_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     assert run_command(["report", str(run), "--live", "--out", "x.html"]) == 2
-    assert "--out writes a file and --live serves a page; give one of them" in capsys.readouterr().err
+    assert "--out and --card write a file and --live serves a page; give one of them" in capsys.readouterr().err
     assert run_command(["report", str(tmp_path / "ru"), "--live"]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+# --- a card -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_is_one_safe_picture_of_the_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, card = make_run(tmp_path / "<b>run"), tmp_path / "card.svg"
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "recipe": {"name": EVIL, "set": {}}}))
+    assert run_command(["report", str(run), "--card", str(card)]) == 0
+    assert capsys.readouterr().out.endswith(f"report: {run}/report.html\ncard: {card}\n") and (run / "report.html").is_file()
+    text = card.read_text()
+    picture = ElementTree.fromstring(text)
+    lines = ["".join(element.itertext()) for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert lines[:2] == [EVIL, "eval/loss 0.7 → 0.3, better by 0.4, test 0.31 [0.29, 0.33]"]
+    assert "train 0.69 → 0.25" in lines and "Cost400 tokens, 14 MB at the peak" in lines
+    assert "<script" not in text and "href" not in text and text.count("http") == 1, "the name space alone"
+    (run / "events.jsonl").write_text("")
+    assert run_command(["report", str(run), "--card", str(card)]) == 0
+    assert "done, step 0 of 4" in ElementTree.fromstring(card.read_text()).attrib["aria-label"], "nothing measured, no chart"
+    assert run_command(["report", str(run), "--card", str(tmp_path / "missing" / "card.svg")]) == 2
+    assert "report: cannot write" in capsys.readouterr().err
