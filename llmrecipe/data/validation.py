@@ -9,10 +9,11 @@ from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encoder import TWO_BOS
 from llmrecipe.data.tokenize.passage_rows import NO_PASSAGE
 from llmrecipe.data.tokenize.sequences import NO_TARGET
-from llmrecipe.data.tokenize.truncation import NO_ROOM, TOO_LONG
+from llmrecipe.data.tokenize.truncation import CUT, NO_ROOM, TOO_LONG
 from llmrecipe.recipe.schema import DataSection
 
 FIXES = {
+    CUT: "raise data.max_length, or set data.truncation=truncate_prompt_left",
     TOO_LONG: "raise data.max_length, or set data.truncation (split for plain text, keep_start, truncate_prompt_left)",
     NO_ROOM: "raise data.max_length, or set data.truncation=truncate_prompt_left",
     NO_PASSAGE: "raise data.max_length, or shorten the questions",

@@ -150,6 +150,32 @@ def test_characters_and_bytes_are_those_of_the_answers_text(tmp_path: Path) -> N
     assert (found["choice_chars"], found["choice_bytes"]) == ([4, 2, 3], [5, 6, 3])
 
 
+@pytest.mark.parametrize("policy", ["truncate_prompt_left", "keep_start", "drop"])
+def test_no_choice_loses_its_end(policy: str, tmp_path: Path) -> None:
+    """A byte a token and an end token: a long prompt gives way where the policy says so; no answer does."""
+    rows = [
+        {"prompt": "a? ", "completion": "yes", "options": ["yes", "no"]},
+        {"prompt": "a question that is long? ", "completion": "yes", "options": ["yes", "no"]},
+        {"prompt": "b? ", "completion": "right to the end", "options": ["right to the end", "right to the edge"]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = DataSection(path=str(path), cache=False, max_length=12, truncation=policy, max_dropped=0.9)
+    tokenizer, found = byte_tokenizer(template=None), []
+    data: Any = prepare(section, tokenizer, "choices", seed=0)
+    for row in (data[i] for i in range(len(data))):
+        texts, start = [], 0
+        for length in row["choice_lengths"]:
+            ids = row["choice_ids"][start : start + length]
+            assert ids[-1] == tokenizer.eos_token_id
+            texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+            start += length
+        assert row["choice_chars"] == [len(text) for text in texts]
+        found.append((tokenizer.decode(row["prompt_ids"], skip_special_tokens=True), *texts))
+    short, cut = ("a? ", "yes", "no"), ("s long? ", "yes", "no")
+    assert found == ([short, cut] if policy == "truncate_prompt_left" else [short])
+
+
 def test_no_rows_give_a_loss_of_zero() -> None:
     model = tiny_model()
     roles = roles_for(model)

@@ -27,6 +27,8 @@ def said(answer: str | list[dict[str, Any]]) -> str:
 class Choices(RowType):
     """A prompt with the answers to choose from, the right one first.
 
+    No answer is cut: its likelihood and its length are those of the whole, or the row is left out.
+
     Canonical row: prompt, choices. Token row: prompt_ids, choice_ids (of all choices), choice_lengths, and the characters and
     UTF-8 bytes of each choice's text without white space before it (choice_chars, choice_bytes; + task).
     """
@@ -45,4 +47,4 @@ class Choices(RowType):
             sizes = {"choice_chars": [*map(len, texts)], "choice_bytes": [len(text.encode()) for text in texts]}
             return {"choice_ids": joined, "choice_lengths": [*map(len, answers)], **sizes}
 
-        encode_answers(encoder, items, report, [item.row["choices"] for item in items], columns)
+        encode_answers(encoder, items, report, [item.row["choices"] for item in items], columns, uncut=True)

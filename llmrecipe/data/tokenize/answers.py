@@ -14,20 +14,27 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.assistant_turns import common_prefix
 from llmrecipe.data.tokenize.encoder import Encoder, Item
-from llmrecipe.data.tokenize.truncation import fit_answers, fit_prompt
+from llmrecipe.data.tokenize.truncation import CUT, fit_answers, fit_prompt
 
 Columns = Callable[[dict[str, Any], Sequence[list[int]]], dict[str, Any]]
 """(canonical row, token ids of its answers) -> columns of the token row besides `prompt_ids`."""
 
 
 def encode_answers(
-    encoder: Encoder, items: Sequence[Item], report: Report, answers: Sequence[list[Any]], columns: Columns
+    encoder: Encoder,
+    items: Sequence[Item],
+    report: Report,
+    answers: Sequence[list[Any]],
+    columns: Columns,
+    *,
+    uncut: bool = False,
 ) -> None:
     """Encode prompts with one or more answers each.
 
     Args:
         answers: the answers of every item, all text or all messages like its prompt.
         columns: called once for every row that is kept.
+        uncut: a row of which an answer would lose its end is left out.
     """
     for spoken, count in dict.fromkeys((isinstance(i.row["prompt"], list), len(a)) for i, a in zip(items, answers)):
         pairs = zip(items, answers)
@@ -35,7 +42,7 @@ def encode_answers(
         own = [item for item, _ in group]
         prompts, joined = (_rendered if spoken else _raw)(encoder, own, [a for _, a in group])
         for item, prompt, *whole in zip([item for item in own if item.bad is None], prompts, *joined):
-            _finish(encoder, item, report, prompt, whole, columns)
+            _finish(encoder, item, report, prompt, whole, columns, uncut)
 
 
 def _raw(
@@ -68,7 +75,13 @@ def _rendered(
 
 
 def _finish(
-    encoder: Encoder, item: Item, report: Report, prompt: list[int], whole: Sequence[list[int]], columns: Columns
+    encoder: Encoder,
+    item: Item,
+    report: Report,
+    prompt: list[int],
+    whole: Sequence[list[int]],
+    columns: Columns,
+    uncut: bool,
 ) -> None:
     start = min(common_prefix(prompt, ids) for ids in whole)
     report.prompts += 1
@@ -80,7 +93,10 @@ def _finish(
             raise BadRow("the prompt has no tokens")
         if not all(answers):
             raise BadRow("an answer has no tokens")
+        longest = max(map(len, answers))
         kept, answers = fit_answers(prompt[:start], answers, encoder.truncation, encoder.limit, item.where)
+        if uncut and max(map(len, answers)) < longest:
+            raise BadRow(CUT, f"{longest} tokens with a prompt of {len(kept)}, limit {encoder.limit.length}", start + longest)
     except BadRow as bad:
         item.bad = bad
         return

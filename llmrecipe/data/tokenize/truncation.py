@@ -19,6 +19,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 
 TOO_LONG = "longer than data.max_length"
 NO_ROOM = "the prompt fills data.max_length"
+CUT = "an answer to choose from would lose its end"
 Piece = tuple[list[int], list[int]]
 """Token ids, and a 0 or 1 for each: whether it is a target."""
 
