@@ -69,15 +69,16 @@ def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str
     from rich.table import Table
 
     from llmrecipe.core.console import console, number, sparkline, value_text
+    from llmrecipe.core.score_intervals import shown
 
     screen = console()
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for record in records:
         table.add_column(record.name, overflow="fold")
-    facts = [r.facts() for r in records]
+    facts = [shown(r.facts(), number) for r in records]
     for key in dict.fromkeys(k for f in facts for k in f):
-        table.add_row(key, *(number(f.get(key)) for f in facts))
+        table.add_row(key, *(f.get(key, number(None)) for f in facts))
     for key, values in differ.items():
         table.add_row(key, *(value_text(v) for v in values), style="cyan")
     screen.print(table)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 LEVEL = 0.95
+NORMAL = 1.959964
+"""Standard errors of a normal distribution on each side of its mean within which `LEVEL` of it lies."""
 ENDS = ("low", "high")
 """What the names of a score's interval end in: `accuracy/low`, `accuracy/high`."""
 Ends = tuple[float, float]
@@ -35,3 +38,15 @@ def shown(metrics: Mapping[str, object], text: Callable[[object], str]) -> dict[
     """
     found = with_ends(metrics)
     return {n: text(v) if ends is None else f"{text(v)} [{text(ends[0])}, {text(ends[1])}]" for n, (v, ends) in found.items()}
+
+
+def normal_ends(name: str, value: float, error: float | None) -> dict[str, float]:
+    """Return the ends of the interval of a score from its standard error; none where that is not known.
+
+    Examples:
+        >>> normal_ends("acc", 0.5, 0.1)
+        {'acc/low': 0.3040036, 'acc/high': 0.6959964}
+    """
+    if error is None or not math.isfinite(error):
+        return {}
+    return {f"{name}/{end}": value + sign * NORMAL * error for end, sign in zip(ENDS, (-1.0, 1.0), strict=True)}

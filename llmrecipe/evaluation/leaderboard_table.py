@@ -7,6 +7,7 @@ Everything is read from run directories: `recipe.yaml` (what was trained), `repo
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 from llmrecipe.core import registry
 from llmrecipe.core.console import number
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
+from llmrecipe.core.score_intervals import ENDS
 from llmrecipe.feedback.directions import Direction, direction_of
 from llmrecipe.recipe.validate import build_object
 from llmrecipe.runs.run_record import Record, flat, read_run, seconds_of
@@ -131,8 +133,9 @@ def read_entries(
     for record, (label, family) in zip(records, found, strict=True):
         facts = cost_facts(record)
         if metric is not None:
-            facts["score"] = _score(record, metric, where)
-        facts |= {name: _score(record, name, "columns") for name in more}
+            facts |= {"score": _score(record, metric, where), **_ends(record, metric, "score")}
+        for name in more:
+            facts |= {name: _score(record, name, "columns"), **_ends(record, name, name)}
         if tuned is not None:
             facts |= {"tuned": flat(record.recipe)[tuned.key], "by": _score(record, tuned.by, "by")}
         entries.append(LeaderboardEntry(label, family, int(record.recipe.get("seed", 0)), facts))
@@ -153,7 +156,7 @@ def chosen_values(entries: Sequence[LeaderboardEntry], best: Direction) -> list[
     for label, values in found.items():
         common = set.intersection(*(set(seeds) for seeds in values.values()))
         means = {v: statistics.fmean(by for s, by in seeds.items() if s in common or not common) for v, seeds in values.items()}
-        winners[label] = min(means, key=lambda value: sign * means[value])
+        winners[label] = min(means, key=lambda value: _place(sign * means[value]))
     return [entry for entry in entries if entry.facts["tuned"] == winners[entry.label]]
 
 
@@ -262,6 +265,12 @@ def _score(record: Record, metric: str, where: str) -> float:
     return float(metrics[metric])
 
 
+def _ends(record: Record, metric: str, name: str) -> dict[str, float]:
+    """Return the ends of the interval that a run gives a metric, under another name; none where it has none."""
+    metrics = json.loads((record.path / "final" / "metrics.json").read_text(encoding="utf-8"))
+    return {f"{name}/{end}": float(metrics[f"{metric}/{end}"]) for end in ENDS if f"{metric}/{end}" in metrics}
+
+
 def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
     """Return whether a large or a small value of a metric is better, as the runs' objectives declare.
 
@@ -288,7 +297,7 @@ def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
 def rank(
     entries: Sequence[LeaderboardEntry], best: str = "max", by: str = "score", empty: Sequence[tuple[str, str]] = ()
 ) -> list[LeaderboardRow]:
-    """Rank rows over seeds, the best mean first; rows of equal mean keep the order of the runs.
+    """Rank rows over seeds, the best mean first and those without a number last; rows of equal mean keep the order of the runs.
 
     Args:
         empty: (name, family) of rows that have no run yet; they come last.
@@ -300,17 +309,28 @@ def rank(
     for label, group in groups.items():
         row = LeaderboardRow(label, group[0].family, [e.seed for e in group], {})
         for key in group[0].facts:
+            # The interval of a run is over its rows; that of several runs is seen in their deviation.
+            if len(group) > 1 and key.rpartition("/")[2] in ENDS:
+                continue
             values = [e.facts[key] for e in group]
             row.mean[key] = statistics.fmean(values)
             row.spread[key] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
     sign = -1.0 if best == "max" else 1.0
     waiting = [LeaderboardRow(label, family, [], {}) for label, family in dict.fromkeys(empty) if label not in groups]
-    return [*sorted(rows, key=lambda row: sign * row.mean[by]), *waiting]
+    return [*sorted(rows, key=lambda row: _place(sign * row.mean[by])), *waiting]
+
+
+def _place(loss: float) -> tuple[bool, float]:
+    """Return a sort key under which what is not a number comes last."""
+    return math.isnan(loss), loss
 
 
 def cells(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> list[list[str]]:
-    """Format head and body of the table as text; mean ± standard deviation where a column has one, over several seeds."""
+    """Format head and body of the table as text: mean ± standard deviation over several seeds, where a column has one.
+
+    A score of a single run is followed by its interval.
+    """
     head = ["", "method", "family", *(c.title for c in columns), "seeds"]
     body = [
         [str(place) if row.seeds else "", row.label, row.family, *(_cell(row, c) for c in columns), str(len(row.seeds))]
@@ -331,7 +351,10 @@ def _cell(row: LeaderboardRow, column: Column) -> str:
         return "-" if row.seeds else ""
     text = number(_rounded(row.mean[column.key] * column.scale))
     sd = row.spread.get(column.key)
-    return text if not column.spread or sd is None else f"{text} ± {sd * column.scale:.2g}"
+    if column.spread and sd is not None:
+        return f"{text} ± {sd * column.scale:.2g}"
+    ends = [row.mean[key] * column.scale for key in (f"{column.key}/{end}" for end in ENDS) if key in row.mean]
+    return f"{text} [{', '.join(map(number, ends))}]" if ends else text
 
 
 def _rounded(value: float) -> float | int:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError, did_you_mean
+from llmrecipe.core.score_intervals import normal_ends
 from llmrecipe.runs.events import FILE, read_events
+from llmrecipe.runs.looks import read_looks
 from llmrecipe.runs.run_dir import RunDir
 
 SILENT = ("run", "log")
@@ -60,7 +62,10 @@ class Record:
         }
         facts |= {m: self.last(m) for m in self.metrics() if "/" in m}
         for task, scores in read_task_scores(self.path).items():
-            facts |= {f"{task}/{metric}": value for metric, value in scores["metrics"].items()}
+            for metric, value in scores["metrics"].items():
+                facts |= {f"{task}/{metric}": value, **normal_ends(f"{task}/{metric}", value, scores["errors"].get(metric))}
+        if looks := read_looks(self.path):
+            facts["test_looks"] = len(looks)
         facts |= {"tokens": self.last("tokens"), "tokens_per_s": speeds[len(speeds) // 2] if speeds else None}
         return facts | {"peak_mem_mb": max((v for _, v in self.curve("peak_mem_mb")), default=None)}
 

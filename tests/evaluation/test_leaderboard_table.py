@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,20 @@ def test_further_metrics_are_columns_of_their_own(tmp_path: Path) -> None:
         read_entries([path], "test/accuracy", more=["forget/own"])
 
 
+def test_the_score_of_one_run_has_its_interval_and_that_of_several_their_deviation(tmp_path: Path) -> None:
+    paths = []
+    for name, recipe in (("a", SFT), ("b", LORA), ("c", {**LORA, "seed": 1})):
+        paths.append(finished(tmp_path / name, recipe, 0.5))
+        ends = {"test/accuracy": 0.5, "test/accuracy/low": 0.25, "test/accuracy/high": 0.625}
+        (tmp_path / name / "final" / "metrics.json").write_text(json.dumps(ends))
+    entries = read_entries(paths, "test/accuracy", more=["test/accuracy"])
+    rows = rank(entries)
+    columns = [Column("score", "test/accuracy", 100.0, spread=True), Column("test/accuracy", "again", spread=True)]
+    shown = {line[1]: line[3:5] for line in cells(rows, columns)[1:]}
+    assert shown == {"full": ["50 [25, 62.5]", "0.5 [0.25, 0.625]"], "lora": ["50 ± 0", "0.5 ± 0"]}
+    assert not any(name.endswith(("/low", "/high")) for row in rows if len(row.seeds) > 1 for name in row.mean)
+
+
 def test_steps_logged_now_and_then_count_the_tokens_between_them() -> None:
     assert seconds_of([{"tokens": 50, "tokens_per_s": 25.0}, {"tokens": 150, "tokens_per_s": 50.0}]) == 4.0
     assert seconds_of([{"rows": 3}, {"tokens": 50, "tokens_per_s": 25.0}]) == 2.0, "steps of other work count no tokens"
@@ -84,6 +99,11 @@ def test_rows_are_means_and_sample_deviations_over_seeds_best_first() -> None:
     assert rows[1].mean["score"] == 0.625 and rows[1].spread["score"] == pytest.approx(0.03125**0.5)
     assert rows[0].spread["score"] is None
     assert [r.label for r in rank(entries, "min")] == ["a", "b"]
+    broken = [LeaderboardEntry(name, "z", 0, {"score": value}) for name, value in (("c", math.nan), ("d", 0.9), ("e", 0.1))]
+    for best, order in (("max", "dbaec"), ("min", "eabdc")):
+        assert "".join(r.label for r in rank([*broken, *entries], best)) == order, "what is not a number comes last"
+    tried = [LeaderboardEntry("a", "x", 0, {"tuned": t, "by": by, "score": t}) for t, by in ((1.0, math.nan), (2.0, 0.5))]
+    assert all([e.facts["tuned"] for e in chosen_values(tried, best)] == [2.0] for best in ("min", "max"))
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,20 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(lab: Lab, capsys: pyt
     assert found.best(trials).number != 1
 
 
+def test_a_score_that_is_not_a_number_never_wins(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as the first trial, nor before a later sampler; an evaluation without a number is no better than none."""
+    real = loss_of
+    nan = float("nan")
+    monkeypatch.setitem(globals(), "loss_of", lambda p: nan if p.composition.recipe.batch.size == 2 else real(p))  # type: ignore[union-attr]
+    found, trials = searched("search={space: {batch.size: [2, 4, 8]}, sampler: grid}", "optim.lr=1e-3")
+    assert [t.state for t in trials] == ["failed", "done", "done"] and found.best(trials).point == {"batch.size": 4}
+    monkeypatch.setattr(Search, "_curve", lambda self, planned: [(0, nan), (2, 1.5), (4, nan)])
+    planned = found._planned(0, {"batch.size": 4}, 0)
+    assert found._value(planned) == 1.5
+    monkeypatch.setattr(found, "evaluation", found.evaluation.model_copy(update={"load_best": False}))
+    assert math.isnan(found._value(planned))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

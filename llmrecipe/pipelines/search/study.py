@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shlex
 import statistics
@@ -232,7 +233,12 @@ class Search:
             if how == "stopped":
                 trial.state, trial.values = "pruned", [list(trial.reports.values())[-1]]
                 break
-            trial.values.append(self._value(planned))
+            value = self._value(planned)
+            if math.isnan(value):
+                say(f"trial {number} failed: {self.evaluation.monitor} of {planned.dir} is not a number")
+                trial.state = "failed"
+                return trial
+            trial.values.append(value)
             spent.append(costs.costs_of(planned.dir, self.section.against))
         else:
             trial.costs = {key: statistics.fmean(cost[key] for cost in spent) for key in self.section.against}
@@ -267,7 +273,9 @@ class Search:
         if not values:
             raise RecipeError(f"eval.monitor: the run {planned.dir} has no {self.evaluation.monitor}; {NO_SPLIT}")
         best = min if self.mode == "min" else max
-        return best(values) if self.evaluation.load_best else values[-1]
+        # The best weights are those of an evaluation with a number (see `BestTracker`).
+        known = [value for value in values if not math.isnan(value)] if self.evaluation.load_best else values[-1:]
+        return best(known, default=math.nan)
 
     def _pruner(self, planned: Planned, drawn: optuna.Trial, trial: Trial) -> Callable[[], bool]:
         """Return a callback that reports evaluations as they come, and is True once the pruner wants to stop the trial."""
