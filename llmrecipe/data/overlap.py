@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 HASHES = "hashes.npy"
 PART = 1 << 16
 """Hashes that are looked up at once."""
+RUN = 13
+"""Tokens in a row that two texts hardly share by chance: the n-grams of GPT-3's overlap analysis (arXiv 2005.14165)."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -32,6 +35,50 @@ def shared_rows(first: TokenData, second: TokenData) -> int:
             places = np.minimum(np.searchsorted(wanted, part), len(wanted) - 1)
             found[places[wanted[places] == part]] = True
     return int(counts[found].sum())
+
+
+def rows_with_shared_runs(first: TokenData, second: TokenData, length: int = RUN) -> int:
+    """Count the rows of the second split that share `length` tokens in a row with a row of the first.
+
+    A row of fewer tokens shares none. The first split may be large and is gone through batch by batch.
+    """
+    runs, rows, before = [], [], 0
+    for table in second.tables:
+        for found, owner in _runs(table, length):
+            runs.append(found)
+            rows.append(owner + before)
+        before += len(table)
+    wanted, places = np.unique(np.concatenate(runs), return_inverse=True) if runs else (np.zeros(0, dtype=np.uint64), None)
+    if places is None or not len(wanted):
+        return 0
+    shared = np.zeros(len(wanted), dtype=bool)
+    for table in first.tables:
+        for found, _ in _runs(table, length):
+            at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+            shared[at[wanted[at] == found]] = True
+    return len(np.unique(np.concatenate(rows)[shared[places]]))
+
+
+def _runs(table: TokenTable, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the hash of each `length` tokens in a row of a table's rows, and the row it is from, (runs,) each."""
+    start = 0
+    for batch in table.batches:
+        for name in table.kind.lists:
+            if name in table.kind.uncounted or name not in batch.lists:
+                continue
+            offsets, values, _ = batch.lists[name]
+            lengths = np.diff(offsets)
+            owner = np.repeat(np.arange(len(lengths)), lengths)
+            mixed = _mix(values[offsets[0] : offsets[-1]].astype(np.uint64) + FACTOR)
+            count = len(mixed) - length + 1
+            if count < 1:
+                continue
+            total = np.zeros(count, dtype=np.uint64)
+            for place in range(length):
+                total = total * FACTOR + mixed[place : place + count]
+            whole = owner[:count] == owner[length - 1 :]
+            yield _mix(total[whole]), owner[:count][whole] + start
+        start += batch.rows
 
 
 def row_hashes(table: TokenTable) -> np.ndarray:

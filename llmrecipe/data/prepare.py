@@ -90,6 +90,8 @@ def prepare(
     if data.streaming and row_type(rows).reads_files:
         raise DataError("data.streaming: the files that rows name are prepared beforehand, so these rows cannot be streamed")
     if data.streaming and split == "train":
+        if data.shares == "tokens":
+            raise DataError("data.shares: the tokens of rows that are streamed are not known beforehand; use shares: rows")
         return _streamed(data, tokenizer, rows, mask, seed, tasks, needs)
     try:
         parts = open_split(data, split)
@@ -109,7 +111,7 @@ def prepare(
     for table in tables:
         report.merge(Report.from_dict(table.facts["report"]))
     validation.check_report(report, data, split)
-    weighted = _weights(parts, tables)
+    weighted = _weights(parts, tables, by_tokens=data.shares == "tokens" and not blocks)
     files = [t.features.key for t in tables if t.features is not None]
     joined = "".join([*(t.facts["key"] for t in tables), *files, json.dumps(weighted)])
     key = hashlib.sha256(joined.encode()).hexdigest()
@@ -132,7 +134,7 @@ def _streamed(
 ) -> StreamedRows:
     """Return training rows that are read and tokenized on demand; their key names everything they depend on."""
     ingredients = [
-        data.model_dump(mode="json"),
+        data.model_dump(mode="json", exclude={"shares"}),  # always rows
         tokenizer_fingerprint(tokenizer),
         rows,
         mask,
@@ -144,8 +146,12 @@ def _streamed(
     return StreamedRows(stream, table_key({"stream": ingredients}))
 
 
-def _weights(parts: Sequence[Part], tables: Sequence[TokenTable]) -> list[float] | None:
-    """Return the weight of each part of the data, or None where the recipe gives none.
+def _weights(parts: Sequence[Part], tables: Sequence[TokenTable], by_tokens: bool) -> list[float] | None:
+    """Return the weight of each part of the data in rows, or None where the recipe gives none.
+
+    Args:
+        by_tokens: the recipe's weights are shares of the targets (of all tokens where rows have none): divided by the mean of
+            a row.
 
     Raises:
         DataError: a part with a weight has no rows.
@@ -154,7 +160,13 @@ def _weights(parts: Sequence[Part], tables: Sequence[TokenTable]) -> list[float]
     if empty is not None:
         raise DataError(f"data.path: {empty.reader.name} gives no rows, so its weight {empty.weight} cannot be kept")
     weights = [part.weight for part in parts]
-    return None if any(w is None for w in weights) else [float(w) for w in weights if w is not None]
+    if any(w is None for w in weights):
+        return None
+    found = [float(w) for w in weights if w is not None]
+    if not by_tokens:
+        return found
+    counted = [Report.from_dict(table.facts["report"]) for table in tables]
+    return [w * len(t) / (one.trained or one.tokens) for w, t, one in zip(found, tables, counted, strict=True)]
 
 
 def _stride(data: DataSection, rows: str, split: str) -> int | None:

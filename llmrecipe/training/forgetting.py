@@ -4,30 +4,39 @@
 
 in nats per token, above 0 where something is forgotten. Both times the same rows are read under the same template and mask,
 without dropout, and before step 0 without the stack: that model is the base, quantized where the run's is. The interval is
-paired: each sample draws rows, and takes both scores of them. Source of the measure: arXiv 2308.08747, 2405.09673.
+paired: each sample draws rows, and takes both scores of them. Rows of a set that are training rows, or share 13 tokens in a row
+with one, are counted and reported. Source of the measure: arXiv 2308.08747, 2405.09673.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.data.overlap import shared_rows
+from llmrecipe.data.overlap import RUN, rows_with_shared_runs, shared_rows
 from llmrecipe.data.token_data import TokenData
+from llmrecipe.engine.logprob import NOTHING
 from llmrecipe.methods._base.method import Stage
+from llmrecipe.objectives.divergences import kl, on_top_tokens
 from llmrecipe.objectives.token_math import collate_tokens
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import FORGETTING
+from llmrecipe.training.build_run import base_is_frozen
 from llmrecipe.training.intervals import ends
 from llmrecipe.training.read_rows import GENERAL_ROWS, general_rows
 
 if TYPE_CHECKING:
+    from llmrecipe.data.collate import Batch
     from llmrecipe.training.run_state import RunState
 
+KEPT = 256
+"""Likeliest tokens of the base that are compared one by one."""
 Sums = list[list[float]]
 """(R, 2): the summed negative log-likelihood of each row, and how many targets it has."""
 
@@ -40,16 +49,32 @@ def score_before(run: RunState) -> None:
     run.events.evaluation(step=0, **{f"general/{name}": _mean(np.array(sums)) for name, sums in before.items()})
     if run.runtime.is_main:
         write_text(run.dir.path / FORGETTING, json.dumps(before) + "\n")
+    report_overlap(run)
+
+
+def report_overlap(run: RunState) -> None:
+    """Report how many rows of each general set are training rows, or share a run of tokens with one."""
+    found: dict[str, int] = {}
     for name, rows in general_rows(run.recipe, run.objective).items():
-        shared = shared_rows(run.data, rows) if isinstance(run.data, TokenData) and run.objective.rows == GENERAL_ROWS else 0
-        if shared:
+        if not isinstance(run.data, TokenData):
+            run.events.warning(f"eval.forgetting.{name}: training rows that are streamed are not searched for its rows")
+            continue
+        equal = shared_rows(run.data, rows) if run.objective.rows == GENERAL_ROWS else 0
+        found[name] = rows_with_shared_runs(run.data, rows)
+        counts = {"are training rows": equal, f"have {RUN} tokens in a row in common with a training row": found[name]}
+        if any(counts.values()):
+            said = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
             run.events.warning(
-                f"eval.forgetting.{name}: {shared} of its {len(rows)} rows are training rows, which a run does not forget"
+                f"eval.forgetting.{name}: of its {len(rows)} rows {said}; a run does not forget what it reads again"
             )
+    if found:
+        run.events.check(0, **{f"general/{name}/overlap": count for name, count in found.items()})
 
 
 def score_after(run: RunState) -> dict[str, float]:
     """Return what was forgotten of each general set, `forget/NAME` and their mean, with intervals, in nats per token.
+
+    Where the weights of the base are as they were, `forget/kl` is KL(before || after) of a token, the mean over sets.
 
     Raises:
         RunError: a set has other rows than before.
@@ -69,6 +94,9 @@ def score_after(run: RunState) -> dict[str, float]:
         )
     metrics = {f"general/{name}": _mean(sums) for name, sums in after.items()}
     metrics |= forgotten(before, after, run.recipe.eval.bootstrap, run.recipe.seed)
+    if base_is_frozen(run.stack):
+        apart = [_mean(np.array(row_divergences(run, rows))) for rows in sets.values()]
+        metrics["forget/kl"] = float(np.mean(apart))
     run.events.evaluation(step=run.progress.step, **metrics)
     return metrics
 
@@ -115,8 +143,43 @@ def row_losses(run: RunState, rows: TokenData, base: bool = False) -> Sums:
     Args:
         base: without what the stack adds.
     """
+    off = added(run) if base else frozenset()
+    return _by_row(run, rows, lambda batch: -run.roles.engine(batch, off=off)["logprobs"])
+
+
+@torch.no_grad()
+def row_divergences(run: RunState, rows: TokenData) -> Sums:
+    """Return the summed KL(base || model) over the next token and the number of targets of each row, as `row_losses`.
+
+    Compared are the base's `KEPT` likeliest tokens and all others as one class, which bounds the divergence from below.
+    """
+
+    def top(z: Tensor, rows: slice) -> dict[str, Tensor]:
+        values, ids = z.log_softmax(-1).topk(min(KEPT, z.shape[-1]), -1)
+        return {"values": values, "ids": ids}
+
+    def apart(batch: Batch) -> Tensor:
+        kept = run.roles.engine(batch, off=added(run), compare=top)
+        if NOTHING in kept:
+            return kept[NOTHING]
+
+        def against(z: Tensor, rows: slice) -> dict[str, Tensor]:
+            log_p, log_q = on_top_tokens(z.log_softmax(-1), kept["ids"][rows], kept["values"][rows])
+            return {"kl": kl(log_p, log_q)}
+
+        return run.roles.engine(batch, compare=against)["kl"]
+
+    return _by_row(run, rows, apart)
+
+
+def added(run: RunState) -> frozenset[str]:
+    """Return the wrappers of the run without which its model is the base."""
+    return frozenset(w.name for w in run.stack if w.stage in (Stage.INJECT, Stage.SELECT))
+
+
+def _by_row(run: RunState, rows: TokenData, values: Callable[[Batch], Tensor]) -> Sums:
+    """Return the sum over a row's targets of the values (N,) of a batch, and their number, of all processes' rows in order."""
     rank, world = run.runtime.rank, run.runtime.world
-    off = frozenset(w.name for w in run.stack if w.stage in (Stage.INJECT, Stage.SELECT)) if base else frozenset()
     own: Sums = []
     indices = list(range(len(rows)))[rank::world]
     with run.roles.evaluating():
@@ -124,7 +187,7 @@ def row_losses(run: RunState, rows: TokenData, base: bool = False) -> Sums:
             if not part:
                 continue
             batch = collate_tokens(part, run.roles)
-            lost = -batch.sum_by_sequence(run.roles.engine(batch, off=off)["logprobs"].double())
-            own += [[float(value), float(count)] for value, count in zip(lost.tolist(), batch.counts().tolist(), strict=True)]
+            sums = batch.sum_by_sequence(values(batch).double())
+            own += [[float(value), float(count)] for value, count in zip(sums.tolist(), batch.counts().tolist(), strict=True)]
     parts: list[Any] = run.runtime.gather_json(own)
     return [part[i] for i in range(max(map(len, parts), default=0)) for part in parts if i < len(part)]

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.data import TokenData, prepare
-from llmrecipe.data.overlap import shared_rows
+from llmrecipe.data.overlap import rows_with_shared_runs, shared_rows
 from llmrecipe.data.validation import warnings
 from llmrecipe.recipe.schema import DataSection
 from llmrecipe.runs.events import read_events
@@ -106,6 +106,28 @@ def test_shared_rows_are_those_of_equal_tokens(tmp_path: Path) -> None:
     moved = read(write(tmp_path / "m.jsonl", [{"prompt": "ab", "chosen": "c", "rejected": "d"}]), "preference")
     other = read(write(tmp_path / "o.jsonl", [{"prompt": "a", "chosen": "bc", "rejected": "d"}]), "preference")
     assert shared_rows(moved, other) == 0 and shared_rows(moved, moved) == 1
+
+
+def test_rows_that_share_a_run_of_tokens_are_counted_wherever_the_run_is(tmp_path: Path) -> None:
+    """One token a byte: a run of five is five letters, inside one row and one column, at any place of either."""
+    texts = ["abcdefgh", "zzdefghz", "abcd", "defg", "hijklabc"]
+    training = read(write(tmp_path / "t.jsonl", [{"text": text} for text in texts[:1]]), "text")
+    other = read(write(tmp_path / "o.jsonl", [{"text": text} for text in texts[1:]]), "text")
+    assert [rows_with_shared_runs(training, other, n) for n in (3, 4, 5, 6)] == [4, 3, 1, 0]
+    # The run "defgh" is nowhere within the prompts or the answers of pairs, however they are laid end to end.
+    pairs = [{"prompt": "abcdef", "chosen": "ghxxx", "rejected": "gxxcd"}, {"prompt": "defgh", "chosen": "a", "rejected": "b"}]
+    first = read(write(tmp_path / "p.jsonl", pairs[:1]), "preference")
+    both = read(write(tmp_path / "q.jsonl", pairs), "preference")
+    assert rows_with_shared_runs(first, other, 5) == 0 and rows_with_shared_runs(both, other, 5) == 1
+    rng = np.random.default_rng(1)
+    many = ["".join(map(chr, rng.integers(97, 101, size=int(n)))) for n in rng.integers(1, 30, size=400)]
+    left, right = many[:200], many[200:]
+    left, right = ([f"{text}$" for text in part] for part in (left, right))  # the end token is one of the run
+    runs = {text[i : i + 7] for text in left for i in range(len(text) - 6)}
+    wanted = sum(any(text[i : i + 7] in runs for i in range(len(text) - 6)) for text in right)
+    one = read(write(tmp_path / "l.jsonl", [{"text": text} for text in left]), "text")
+    two = read(write(tmp_path / "r.jsonl", [{"text": text} for text in right]), "text")
+    assert 0 < rows_with_shared_runs(one, two, 7) == wanted < 200
 
 
 def test_overlap_of_training_and_validation_is_counted(tmp_path: Path) -> None:

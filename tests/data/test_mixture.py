@@ -44,6 +44,26 @@ def test_weights_hold_for_every_stretch_from_the_start(tmp_path: Path) -> None:
     assert all(word[0] == "b" for word in (words(data)[i] for i in drawn[drawn >= 900][:5]))
 
 
+def test_shares_of_tokens_hold_for_targets_whatever_the_length_of_rows_is(tmp_path: Path) -> None:
+    """Replay of a tenth: answers of 3 to 5 tokens with long prompts, next to texts of 41 that are targets throughout."""
+    lines = [{"prompt": "p" * 30, "completion": "c" * (2 + i % 3)} for i in range(300)]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps({"text": "o" * 40}) + "\n" for _ in range(40)))
+    paths = {str(tmp_path / "new.jsonl"): 0.9, str(tmp_path / "old.jsonl"): 0.1}
+
+    def share(**more: Any) -> float:
+        data = prepare(DataSection(path=paths, **more), byte_tokenizer(), "dialogue", mask="completion", seed=0)
+        assert isinstance(data, TokenData)
+        sizes = np.array([sum(row["trained"]) for row in data])
+        drawn = order(data, 0, 0)
+        return float(sizes[drawn[drawn >= 300]].sum() / sizes[drawn].sum())
+
+    assert share(shares="tokens") == pytest.approx(0.1, abs=0.02)
+    assert share() > 0.4
+    with pytest.raises(DataError, match=r"data\.shares: .* streamed"):
+        share(shares="tokens", streaming=True)
+
+
 def test_shares_of_three_sources_are_exact_to_a_few_rows(tmp_path: Path) -> None:
     counts, weights = (50, 300, 7), np.array([0.07, 2.0, 0.5])
     paths = [texts(tmp_path / f"{name}.jsonl", name, count) for name, count in zip("abc", counts, strict=True)]

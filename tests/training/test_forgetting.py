@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,14 @@ from torch import Tensor
 
 from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.core.registry import PACKAGE
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.training.dry_run import check
-from llmrecipe.training.forgetting import forgotten
+from llmrecipe.training.forgetting import forgotten, row_divergences, row_losses
+from tests.contract import MIXTURES
+from tests.methods.additive.harness import fill, model_of
+from tests.methods.kinds import CHANGES, STAGES, cell, put, wrapper_of
+from tests.tiny import roles_for
 from tests.trainings import QUIET, events, learned, resumes_to_the_bit, train_recipe
 
 TEXTS = ["The cat sat on the mat.", "A dog ran home.", "Birds sing in the morning, every day.", "It rained.", "We saw a fox."]
@@ -72,6 +79,85 @@ def test_scores_are_those_of_the_base_and_of_the_finished_model(recipe: str, tmp
     assert found["forget/own/low"] < found["forget/own"] < found["forget/own/high"]
     metrics = json.loads((tmp_path / "run" / "final" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["forget/mean"] == metrics["forget/own"] == found["forget/own"]
+    assert metrics["forget/kl"] == found["forget/kl"] > 0.0
+
+
+SOURCES = [[3, 5, 6, 7, 8, 9, 2], [3, 12, 13, 2], [3, 20, 21, 22, 23, 24, 25, 26, 2]]
+
+
+ROWS: Any = [{"row": i, "ids": ids, "trained": [0, 0] + [1] * (len(ids) - 2)} for i, ids in enumerate(SOURCES)]
+
+
+def run_of(model: Any, stack: Stack) -> Any:
+    """What scoring reads of a run."""
+    runtime = SimpleNamespace(rank=0, world=1, gather_json=lambda own: [own])
+    return SimpleNamespace(runtime=runtime, stack=stack, roles=roles_for(model, stack))
+
+
+def losses(model: Any, stack: Stack, base: bool) -> list[list[float]]:
+    """What `row_losses` finds for a model under a stack."""
+    return row_losses(run_of(model, stack), ROWS, base=base)
+
+
+@pytest.mark.parametrize("kind", [k for k in CHANGES if k not in MIXTURES and k != "hypertuning"])
+def test_a_model_that_made_no_step_has_forgotten_nothing(kind: str) -> None:
+    """Exactly 0, and without what an injected method learned the scores are those of the base, to the bit."""
+    untouched = np.array(losses(model_of("llama"), Stack([]), base=False))
+    made = cell(kind, "llama")
+    before, after = (losses(made.model, made.stack, base=base) for base in (True, False))
+    np.testing.assert_allclose(np.array(before), untouched, rtol=1e-6)
+    assert (after == before) is all(wrapper.starts_at_base() for wrapper in made.stack)
+    if STAGES[kind] == "INJECT":
+        moved = cell(kind, "llama", moved=True)
+        assert losses(moved.model, moved.stack, base=True) == before != losses(moved.model, moved.stack, base=False)
+
+
+def test_the_baseline_of_a_quantized_run_is_its_quantized_base() -> None:
+    pytest.importorskip("bitsandbytes")
+    bare = model_of("llama")
+    quantized = put(model_of("llama"), wrapper_of("nf4"))
+    made = put(model_of("llama"), wrapper_of("nf4"), wrapper_of("lora"))
+    before = losses(made.model, made.stack, base=True)
+    assert before == losses(quantized.model, quantized.stack, base=False) != losses(bare, Stack([]), base=False)
+    assert losses(made.model, made.stack, base=False) == before
+    fill(made.model)
+    assert losses(made.model, made.stack, base=True) == before != losses(made.model, made.stack, base=False)
+
+
+@pytest.mark.parametrize("kept", [64, 5])
+def test_the_divergence_from_the_base_is_that_of_the_logits(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all 64 tokens it is KL(before || after); of fewer it is that of them and one class of all others."""
+    monkeypatch.setattr("llmrecipe.training.forgetting.KEPT", kept)
+    made = cell("lora", "llama", moved=True)
+    found = row_divergences(run_of(made.model, made.stack), ROWS)
+    for (total, count), ids in zip(found, SOURCES, strict=True):
+        logits = {}
+        for off in (frozenset(), frozenset({"lora"})):
+            with torch.no_grad(), activate(Context(off=off)):
+                logits[bool(off)] = made.model(torch.tensor([ids])).logits[0, 1:-1].double().softmax(-1)
+        p, q = logits[True], logits[False]
+        top = p.topk(kept, -1).indices
+        p, q = ([x.gather(-1, top), (1 - x.gather(-1, top).sum(-1, keepdim=True))] for x in (p, q))
+        terms = [(a * (a / b).log()).sum() for a, b in zip(p[: 1 + (kept < 64)], q, strict=False)]
+        assert (total, count) == (pytest.approx(float(sum(terms)), rel=1e-4), len(ids) - 2) and total > 0.01
+    fresh = cell("lora", "llama")
+    assert sum(total for total, _ in row_divergences(run_of(fresh.model, fresh.stack), ROWS)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_rows_that_training_has_too_are_reported(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (PACKAGE / "assets/data/stories/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [rows[0]["text"], "Once upon a time " + rows[1]["text"][:200], *TEXTS]
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    words = [
+        "steps=1",
+        "batch.size=2",
+        "eval.batches=1",
+        f"+eval.forgetting.own={tmp_path / 'general.jsonl'}",
+    ]
+    train_recipe(tmp_path / "run", "clm", "data.max_length=512", *words)
+    (said,) = [e["message"] for e in events(tmp_path / "run", "warning") if "eval.forgetting" in e["message"]]
+    assert said.startswith("eval.forgetting.own: of its 7 rows 2 have 13 tokens in a row in common with a training row")
+    assert [e["general/own/overlap"] for e in events(tmp_path / "run", "check") if "general/own/overlap" in e] == [2]
 
 
 def test_measuring_changes_no_step_and_a_resumed_run_has_the_same_scores(tmp_path: Path) -> None:
@@ -83,7 +169,7 @@ def test_measuring_changes_no_step_and_a_resumed_run_has_the_same_scores(tmp_pat
         [e for e in events(tmp_path / "measured" / n, "evaluation") if "general/own" in e] for n in ("whole", "parts")
     )
     assert whole == parts
-    assert len(whole) == 2
+    assert len(whole) == 2 and "forget/kl" not in whole[-1], "the weights of the base are gone"
 
 
 def test_a_set_that_cannot_be_scored_is_refused_before_weights_are_read(tmp_path: Path) -> None:
