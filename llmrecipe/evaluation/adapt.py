@@ -68,7 +68,7 @@ def adapt(path: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         fill_adapter(run.model, writer, ADAPTER[writer.emit], written, gates_of(loaded.model, writer.name))
         facts["loss"] = evaluate(run.evaluation(), run.data)["loss"]
         run.events.evaluation(step=0, **facts)
-        write_final(run, {"steps": 0, **facts})
+        write_final(run, {"steps": 0, **facts}, {})
         run.dir.status("done", step=0)
     except BaseException as error:
         run.dir.status("failed", error=str(error) or type(error).__name__, step=0)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from llmrecipe.core import registry
-from llmrecipe.core.console import say
+from llmrecipe.core.console import say, say_aside
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import prepare
@@ -25,8 +25,10 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.load import load_tokenizer
 from llmrecipe.models.resolve_class import CLASSIFIERS
-from llmrecipe.recipe.compose import Composition
+from llmrecipe.recipe.compose import Composition, compose
+from llmrecipe.recipe.schema import Recipe
 from llmrecipe.recipe.validate import instantiate
+from llmrecipe.runs.looks import note_look
 from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
 from llmrecipe.runtime.processes import Runtime, pick_device
 from llmrecipe.training.evaluate import Evaluation, evaluate, rows_read
@@ -145,7 +147,28 @@ def token_rows(subject: Subject, split: str, tasks: Tasks | None) -> TokenData |
     )  # fmt: skip
     if data is None:
         raise DataError(f"data: {recipe.data.path} has no {split} split; name one with data.{split}=FILE or a share")
+    if split == "test":
+        _note_look(recipe)
     return data
+
+
+def _note_look(recipe: Recipe) -> None:
+    """Add a look at the test split to those of the run that is scored, if these are the rows of its own recipe."""
+    final = run_folder(recipe.model.path)
+    if final is None or not (final.parent / "recipe.yaml").is_file():
+        return
+    own = compose(final.parent / "recipe.yaml", [], foreign=True).recipe.data
+    if (own.path, own.test) != (recipe.data.path, recipe.data.test):
+        return
+    try:
+        count = note_look(final.parent, "eval")
+    except OSError as error:
+        say_aside(f"{final.parent} cannot keep count of the looks at its test split ({error.strerror or error})")
+        return
+    if count > 1:
+        say_aside(
+            f"look {count} at the test split of {final.parent}: a choice made by it fits these rows too; validation decides"
+        )
 
 
 def _label_names(subject: Subject) -> list[str] | None:
@@ -175,7 +198,11 @@ def metrics_of(subject: Subject, data: Rows) -> dict[str, float]:
 
 
 class _Silent:
-    """Events of an evaluation outside a run: samples are printed, nothing is written."""
+    """Events of an evaluation outside a run: samples and warnings are printed, nothing is written."""
+
+    def warning(self, message: str, *, once: bool = False) -> None:
+        """Print a warning, on stderr."""
+        say_aside(f"warning: {message}")
 
     def sample(self, step: int, prompt: str, answer: str, **facts: object) -> None:
         """Print one answer."""

@@ -28,6 +28,10 @@ class Metric:
         """Score a prediction against its reference."""
         raise NotImplementedError
 
+    def unfit(self, references: Sequence[str]) -> str | None:
+        """Return why scores against these references mean little, as a warning; None where nothing speaks against them."""
+        return None
+
     def statistics(self, prediction: str, reference: str) -> list[float]:
         """Return the numbers of one row, (K,), whose sums over rows `total` reads: the score and 1 for a mean over rows.
 

@@ -273,6 +273,10 @@ class Objective:
         """Return metrics that need the whole set at once (macro F1), from the gathered tensors (R, ...) of `collect`."""
         return {}
 
+    def breakdown(self, tensors: dict[str, torch.Tensor], roles: Roles) -> dict[str, dict[str, Any]]:
+        """Return file name -> JSON content with what the scores of a whole set are made of, from the tensors of `collect`."""
+        return {}
+
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         """Return per-row tensors (R, ...) to be gathered over the whole evaluation set for `finish_evaluation`.
 

@@ -154,6 +154,11 @@ class DataSection(Section):
         None,
         description="File, folder with train/valid/test files, hub name, `builtin:NAME`, list, or {path: weight}.",
     )
+    shares: Literal["rows", "tokens"] = Field(
+        "rows",
+        description="What the weights of several sources are shares of: rows, or their targets, so that a source of long rows "
+        "gets no larger part of the loss than its weight says.",
+    )
     format: str = Field(
         "auto", description="Row format; `auto` detects and prints it.", json_schema_extra=registered("format", "auto")
     )
@@ -275,6 +280,7 @@ class EvalSection(Section):
         None, description="Whether a small or a large value is better; default: as the metric declares."
     )
     patience: PositiveInt | None = Field(None, description="Stop after this many evaluations without improvement.")
+    warmup: NonNegativeInt = Field(0, description="Evaluations at the beginning that patience does not count.")
     min_delta: float = Field(0.0, ge=0.0, description="Smallest change that counts as improvement.")
     load_best: bool = Field(True, description="End with the best checkpoint's weights rather than the last.")
     test: bool = Field(True, description="Score the test split once at the end, if there is one.")

@@ -63,6 +63,7 @@ class Events:
         self.screen: Display | None = display(live, steps) if folder is not None else None
         self.trackers: list[OpenTracker] = open_trackers(trackers, folder, redact(config or {})) if folder is not None else []
         self._kept: Counter[str] = Counter()
+        self._warned: set[str] = set()
         self._file = open(self.path, "a", encoding="utf-8") if self.path is not None else None  # noqa: SIM115 (see close)
 
     def step(self, step: int, **values: object) -> None:
@@ -81,9 +82,16 @@ class Events:
         """Report that a checkpoint was written; the path is relative to the run directory."""
         self._emit("save", step, {"path": path})
 
-    def warning(self, message: str, step: int | None = None) -> None:
-        """Report something the user should know; the run goes on. One that `keep_warnings` found is not reported again."""
+    def warning(self, message: str, step: int | None = None, *, once: bool = False) -> None:
+        """Report something the user should know; the run goes on. One that `keep_warnings` found is not reported again.
+
+        Args:
+            once: nor is it where this process has reported it before.
+        """
         shown = redact({"message": message})["message"]
+        if once and shown in self._warned:
+            return
+        self._warned.add(shown)
         if self._kept[shown]:
             self._kept[shown] -= 1
             return

@@ -25,7 +25,7 @@ class BestTracker:
     """Keep the best value of the monitored metric, and count evaluations without a better one.
 
     `improved = value < best - min_delta` (mode min) or `value > best + min_delta` (mode max); stop after `patience`
-    evaluations in a row without improvement.
+    evaluations in a row without improvement, the first `warmup` ones not counted.
     """
 
     def __init__(self, section: EvalSection, mode: Direction):
@@ -33,6 +33,7 @@ class BestTracker:
         self.best: float | None = None
         self.best_step = 0
         self.waited = 0
+        self.seen = 0
 
     def see(self, step: int, metrics: dict[str, float]) -> Verdict:
         """Compare one evaluation with the best so far.
@@ -47,16 +48,17 @@ class BestTracker:
         value, delta = metrics[name], self.section.min_delta
         sign = 1.0 if self.mode == "min" else -1.0
         improved = not math.isnan(value) and (self.best is None or sign * value < sign * self.best - delta)
+        self.seen += 1
         if improved:
             self.best, self.best_step, self.waited = value, step, 0
-        else:
+        elif self.seen > self.section.warmup:
             self.waited += 1
         patience = self.section.patience
         return Verdict(improved, patience is not None and self.waited >= patience)
 
     def state(self) -> dict[str, Any]:
         """Return the JSON state for a checkpoint."""
-        known = {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        known = {"best": self.best, "best_step": self.best_step, "waited": self.waited, "seen": self.seen}
         return {**known, "monitor": self.section.monitor, "mode": self.mode}
 
     def load_state(self, state: dict[str, Any]) -> bool:
@@ -64,4 +66,6 @@ class BestTracker:
         if state.get("monitor", self.section.monitor) != self.section.monitor or state.get("mode", self.mode) != self.mode:
             return False
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+        # A checkpoint of an older version does not say how many evaluations there were; it knew no warm-up.
+        self.seen = state.get("seen", 0)
         return True

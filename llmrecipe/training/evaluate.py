@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 
 class Samples(Protocol):
-    """Where an evaluation shows samples of answers: the events of a run, or the terminal."""
+    """Where an evaluation shows samples of answers and warnings: the events of a run, or the terminal."""
+
+    def warning(self, message: str, *, once: bool = False) -> None:
+        """Report something the user should know; with `once` the first time alone."""
 
     def sample(self, step: int, prompt: str, answer: str, **facts: object) -> None:
         """Report a generated answer."""
@@ -49,6 +52,8 @@ class Evaluation:
     step: int = 0
     samples: int = 0
     """How often rows are drawn again for the intervals of the scores; 0 for none."""
+    breakdown: dict[str, dict[str, Any]] | None = None
+    """Filled with the objective's `breakdown` of the scores, where one is wanted."""
 
     @property
     def row_by_row(self) -> bool:
@@ -89,6 +94,8 @@ def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
         scores.statistics = {n: np.array([row[n] for row in rows]) for n in metrics if rows and all(n in row for row in rows)}
         scores.tensors = {n: _rows_in_order(t, evaluation.runtime.world) for n, t in joined.items()}
     metrics |= objective.finish_evaluation(metrics, joined)
+    if evaluation.breakdown is not None:
+        evaluation.breakdown.update(objective.breakdown(joined, roles))
     answers, scored_answers = generated(evaluation, data)
     for name, scored in scored_answers.items():
         metrics[name] = scored.value
@@ -137,7 +144,11 @@ def generated(evaluation: Evaluation, data: Rows) -> tuple[list[dict[str, Any]],
     rows = [row for part in evaluation.runtime.gather_json(rows) for row in part]
     for row in rows[: section.samples]:
         evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=row["reference"])
-    return rows, score_answers(rows, section.metrics)
+    scored = score_answers(rows, section.metrics)
+    for name, found in scored.items():
+        if (reason := found.metric.unfit([row["reference"] for row in rows])) is not None:
+            evaluation.events.warning(f"eval.metrics: {name}: {reason}", once=True)
+    return rows, scored
 
 
 def _gathered(evaluation: Evaluation, own: torch.Tensor) -> torch.Tensor:

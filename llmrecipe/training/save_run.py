@@ -39,6 +39,7 @@ from llmrecipe.runs.checkpoint_io import (
 )
 from llmrecipe.runs.checksums import write_checksums
 from llmrecipe.runs.durable import ASIDE, put_in_place, share_as_folder, sync_tree
+from llmrecipe.runs.looks import note_look
 from llmrecipe.runs.run_dir import BEST, IDENTITY
 from llmrecipe.training import build_run, finite_check, forgetting, run_identity
 from llmrecipe.training.evaluate import evaluate
@@ -284,34 +285,42 @@ def finish(run: RunState) -> None:
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.best.best_step if restored else run.progress.step}
     if run.validation is not None and run.best.best is not None:
         metrics[run.recipe.eval.monitor] = run.best.best
-    metrics |= {f"test/{name}": value for name, value in score_test(run).items()} | forgetting.score_after(run)
+    tested, breakdown = score_test(run)
+    metrics |= {f"test/{name}": value for name, value in tested.items()} | forgetting.score_after(run)
     run.roles.cache.save()
     run.objective.finish(run.roles)
     finite_check.check_finite(run)
     with run.whole(everything=build_run.everything_trains(run.stack)), lasting("writing what the run leaves"):
         if run.runtime.is_main:
             record_changes(run)
-            write_final(run, metrics)
+            write_final(run, metrics, {f"test_{name}": content for name, content in breakdown.items()})
     run.runtime.barrier()
 
 
-def score_test(run: RunState) -> dict[str, float]:
-    """Compute metrics of the test split: read here, once, and nowhere else in training."""
-    if not run.recipe.eval.test:
-        return {}
-    test = test_rows(run.recipe, run.objective, run.data, run.tokenizer)
+def score_test(run: RunState) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Compute metrics of the test split, and what they are made of: read here, once, and nowhere else in training.
+
+    The run keeps count of the looks at it.
+    """
+    test = test_rows(run.recipe, run.objective, run.data, run.tokenizer) if run.recipe.eval.test else None
     if test is None:
-        return {}
+        return {}, {}
     shared = shared_rows(run.data, test) if isinstance(run.data, TokenData) and isinstance(test, TokenData) else 0
     if shared:
         run.events.warning(f"{shared} of {len(test)} test rows are also training rows, so they measure what was memorised")
-    metrics = evaluate(replace(run.evaluation(), samples=run.recipe.eval.bootstrap), test)
+    if run.runtime.is_main:
+        note_look(run.dir.path, "training", step=run.progress.step)
+    found: dict[str, dict[str, Any]] = {}
+    metrics = evaluate(replace(run.evaluation(), samples=run.recipe.eval.bootstrap, breakdown=found), test)
     run.events.evaluation(step=run.progress.step, **{f"test/{k}": v for k, v in metrics.items()})
-    return metrics
+    return metrics, found
 
 
-def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
+def write_final(run: RunState, metrics: dict[str, Any], documents: dict[str, dict[str, Any]]) -> Path:
     """Write `final/` to a temporary folder, durably, and move it into place: a delta with its stack, or the whole model.
+
+    Args:
+        documents: file name -> JSON content besides the objective's own.
 
     Raises:
         RunError: the disk is full, or a weight does not fit the dtype it is written in.
@@ -337,7 +346,7 @@ def write_final(run: RunState, metrics: dict[str, Any]) -> Path:
         (aside / "README.md").write_text(about, encoding="utf-8")
         identity = {name: value for name, value in run_identity.kept(run).items() if name != "run"}
         (aside / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-        for name, content in run.objective.documents(run.roles).items():
+        for name, content in (run.objective.documents(run.roles) | documents).items():
             (aside / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         write_checksums(aside)
         share_as_folder(aside)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmrecipe.cli import eval as verb
 from llmrecipe.core.errors import RunError, UserError
+from llmrecipe.data.collate import Sequence
 from llmrecipe.evaluation import harness
+from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.models.tiny import FOLDER
 from llmrecipe.runs.run_record import TASK_SCORES, read_runs, read_task_scores
 from tests.trainings import train_recipe
@@ -75,8 +78,9 @@ def test_a_model_scores_what_the_harness_scores_directly(options: dict[str, int]
     )
 
 
-def test_a_run_is_scored_with_its_adapters_and_keeps_the_scores(task: Path, tmp_path: Path) -> None:
-    """Equal to the merged model, whose likelihoods a rate of 0.05 has moved."""
+@pytest.mark.parametrize("options", [{}, {"shots": 2}], ids=str)
+def test_a_run_is_scored_with_its_adapters_and_keeps_the_scores(options: dict[str, int], task: Path, tmp_path: Path) -> None:
+    """Equal to the merged model, whose likelihoods a rate of 0.05 has moved; with examples before the question, too."""
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'llmrecipe[eval]'")
     from lm_eval.models.huggingface import HFLM
 
@@ -85,9 +89,34 @@ def test_a_run_is_scored_with_its_adapters_and_keeps_the_scores(task: Path, tmp_
     run = tmp_path / "run"
     train_recipe(run, "sft_lora", "steps=2", "optim.lr=0.05", "data.limit=16", "eval.batches=1")
     model, tokenizer = load(run)
-    wanted = direct(HFLM(pretrained=model, tokenizer=tokenizer, device="cpu"), task)
-    same(harness.score_tasks(str(run), [], ["opposites"], include=task)["opposites"], wanted)
-    assert read_task_scores(run)["opposites"]["metrics"]["acc"] == wanted["acc"]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu")
+    wanted = direct(theirs, task, num_fewshot=options.get("shots"))
+    same(harness.score_tasks(str(run), [], ["opposites"], include=task, **options)["opposites"], wanted)
+    kept = read_task_scores(run)["opposites"]
+    assert (kept["metrics"]["acc"], kept["shots"]) == (wanted["acc"], options.get("shots", 0))
+
+
+@pytest.mark.parametrize("recipe", ["prompt_tuning", "prefix_tuning"])
+def test_virtual_tokens_move_no_position_of_the_harness(recipe: str, tmp_path: Path) -> None:
+    """Log-likelihoods of continuations of unlike lengths, in one batch, are those of the run's own engine."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'llmrecipe[eval]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    run = tmp_path / "run"
+    train_recipe(run, recipe, "steps=2", "optim.lr=0.05", "data.limit=16", "eval.batches=1")
+    subject = open_subject(str(run), [])
+    tokenizer, engine = subject.loaded.tokenizer, subject.roles.engine
+    pairs = [("The day was", " open"), ("The", " hen sat in the old barn"), ("It was not big, it was", " small and cold")]
+    wanted = []
+    for context, text in pairs:
+        start, ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (context, context + text))
+        row = Sequence(ids, [0] * len(start) + [1] * (len(ids) - len(start)), prompt=len(start))
+        with torch.no_grad():
+            wanted.append(float(engine(subject.roles.layout([row], [0]))["logprobs"].sum()))
+    model = HFLM(pretrained=subject.loaded.model, tokenizer=tokenizer, device="cpu", batch_size=3, add_bos_token=False)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    assert [score for score, _ in model.loglikelihood(requests)] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest(task: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.feedback.generated_answers import score_answers
 from llmrecipe.feedback.metrics.json_equal import equal_values
 from llmrecipe.feedback.rewards.grounded import Grounded, claims_of
 from llmrecipe.objectives.reward_interface import Answer
+from tests.trainings import events, train_recipe
 
 
 def answered(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -43,6 +47,27 @@ def test_rouge_l_is_the_librarys_on_the_same_predictions() -> None:
     (found,) = score_answers(answered(pairs), ["rouge_l"]).values()
     assert [found.metric.score(*pair) for pair in pairs] == pytest.approx(wanted, abs=1e-12)
     assert found.value == pytest.approx(sum(wanted) / len(wanted))
+
+
+def test_a_metric_that_reads_no_letter_of_the_references_says_so_once(tmp_path: Path) -> None:
+    """Chinese answers that are right to the letter score 0; names with an accent are no reason to warn."""
+    rouge = registry.load_class("metric", "rouge_l")()
+    assert rouge.unfit(["The old café in Köln was open again today, she said.", ""]) is None and rouge.unfit([]) is None
+    assert "100% of the letters and digits" in rouge.unfit(["日本語"]) and "chrf" in rouge.unfit(["кот and cat"])
+    row = json.dumps({"prompt": "Say it. ", "completion": "日本語"}, ensure_ascii=False) + "\n"
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text(row * 4, encoding="utf-8")
+    words = [
+        f"data.path={tmp_path}",
+        "steps=2",
+        "batch.size=4",
+        "eval.every=1",
+        "eval.metrics=[rouge_l]",
+        "eval.max_new_tokens=2",
+    ]
+    train_recipe(tmp_path / "run", "sft_lora", *words)
+    said = [e["message"] for e in events(tmp_path / "run", "warning") if "rouge_l" in e["message"]]
+    assert len(said) == 1 and said[0].startswith("eval.metrics: rouge_l: 100% of the letters")
 
 
 def test_json_is_compared_as_values() -> None:

@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    matthews_corrcoef,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
-from llmrecipe.objectives.finetuning._engines.label_prediction import macro_f1
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.data.collate import Sequence, pad
+from llmrecipe.objectives.finetuning._engines.label_prediction import calibration_error, single_label_scores
 from llmrecipe.objectives.finetuning.classification import Classification
 from llmrecipe.objectives.pretraining.nsp import Nsp
+from tests.trainings import events, train_recipe
+
+
+def roles_of(classes: int) -> Any:
+    """What a breakdown reads of a model: the names of its outputs, of which there are more than ten."""
+    return SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(id2label={i: f"c{i}" for i in range(classes)})))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_macro_f1_is_scikit_learns_with_classes_that_one_side_or_both_lack(seed: int) -> None:
+def test_scores_of_classes_are_scikit_learns_with_classes_that_one_side_or_both_lack(seed: int) -> None:
     draws = torch.Generator().manual_seed(seed)
     gold, predicted = (torch.randint(low, high, (20,), generator=draws) for low, high in ((0, 5), (2, 7)))
-    wanted = f1_score(gold, predicted, average="macro", zero_division=0)
-    assert macro_f1(predicted, gold) == pytest.approx(wanted, abs=1e-12)
-    found = Classification().finish_evaluation({}, {"predicted": predicted, "gold": gold})
-    assert found == {"macro_f1": pytest.approx(wanted, abs=1e-12)}
-    assert macro_f1(gold, gold) == 1.0
+    wanted = {f"{kind}_f1": f1_score(gold, predicted, average=kind, zero_division=0) for kind in ("macro", "weighted")}
+    wanted["mcc"] = matthews_corrcoef(gold, predicted)
+    assert single_label_scores(predicted, gold) == pytest.approx(wanted, abs=1e-12)
+    tensors = {"predicted": predicted, "gold": gold, "confidence": torch.rand(20, generator=draws)}
+    found = Classification().finish_evaluation({}, tensors)
+    assert found.keys() | {"accuracy"} == Classification().measures().keys()
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, abs=1e-12)
+    assert single_label_scores(gold, gold) == {"macro_f1": 1.0, "weighted_f1": 1.0, "mcc": pytest.approx(1.0)}
+    alike = torch.full_like(gold, 3)
+    assert single_label_scores(alike, gold)["mcc"] == 0.0 == matthews_corrcoef(gold, alike)
+    (table,) = Classification().breakdown(tensors, roles_of(12)).values()
+    names = list(range(12))
+    assert table["labels"] == [f"c{i}" for i in names]
+    assert table["confusion"] == confusion_matrix(gold, predicted, labels=names).tolist()
+    theirs = precision_recall_fscore_support(gold, predicted, labels=names, zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "rows"), theirs, strict=True):
+        assert table[name] == pytest.approx(values.tolist(), abs=1e-12), name
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -27,10 +59,59 @@ def test_scores_of_several_labels_are_scikit_learns_with_labels_nobody_has(seed:
     draws = torch.Generator().manual_seed(seed)
     gold, predicted = ((torch.rand(30, 4, generator=draws) < share).long() for share in (0.3, 0.6))
     gold[:, 1] = predicted[:, 1] = 0
-    found = Classification(problem="multi_label").finish_evaluation({}, {"predicted": predicted, "gold": gold})
-    assert found["macro_f1"] == pytest.approx(f1_score(gold, predicted, average="macro", zero_division=0), abs=1e-6)
+    objective = Classification(problem="multi_label")
+    found = objective.finish_evaluation({}, {"predicted": predicted, "gold": gold})
+    kinds = ("macro", "weighted", "micro")
+    assert found == pytest.approx({f"{k}_f1": f1_score(gold, predicted, average=k, zero_division=0) for k in kinds}, abs=1e-12)
+    assert found.keys() | {"accuracy"} == objective.measures().keys()
     right = (predicted == gold).all(-1).float().mean()
     assert float(right) == pytest.approx(accuracy_score(gold, predicted))
+    (table,) = objective.breakdown({"predicted": predicted, "gold": gold}, roles_of(4)).values()
+    theirs = precision_recall_fscore_support(gold, predicted, zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "rows"), theirs, strict=True):
+        assert table[name] == pytest.approx(values.tolist(), abs=1e-12), name
+
+
+def test_the_calibration_error_by_hand() -> None:
+    """Two bins: 0.9 twice, right once (a gap of 0.4), and 0.5 twice, both right (0.5): half of each."""
+    confidence, right = torch.tensor([0.9, 0.9, 0.5, 0.5]), torch.tensor([True, False, True, True])
+    assert calibration_error(confidence, right) == pytest.approx(0.45, abs=1e-6)
+    assert calibration_error(torch.ones(3), torch.tensor([True, True, True])) == 0.0
+
+
+def test_weights_of_classes_are_torchs_weighted_mean_over_the_step_and_not_in_evaluations() -> None:
+    objective = Classification(class_weights={"b": 3.0, "c": 0.5}, label_smoothing=0.1)
+    labels = torch.tensor([0, 1, 1, 2, 0])
+    data = SimpleNamespace(labels=["a", "b", "c"], column=lambda name: ['"a"'] * 5)
+    objective.check(SimpleNamespace(stack={}), data)  # type: ignore[arg-type]
+    scores = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    objective.__dict__["scores"] = lambda batch, roles: scores[batch.extra["at"]]
+    parts = []
+    for rows in ([0, 1], [2, 3, 4]):
+        batch = pad([Sequence([1], [0])] * len(rows), 0, extra={"labels": labels[rows], "at": torch.tensor(rows)})
+        parts.append((objective.loss(batch, None).total, objective.weight(batch), objective.evaluate(batch, None)["loss"]))  # type: ignore[arg-type]
+    weights = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+    wanted = torch.nn.functional.cross_entropy(scores, labels, weights, label_smoothing=0.1)
+    # With smoothing torch divides by the weights of the labels, too.
+    torch.testing.assert_close(sum(p[0] for p in parts) / sum(p[1] for p in parts), wanted, rtol=1e-6, atol=0)
+    plain = torch.nn.functional.cross_entropy(scores, labels, label_smoothing=0.1)
+    torch.testing.assert_close(sum(p[2][0] for p in parts) / sum(p[2][1] for p in parts), plain, rtol=1e-6, atol=0)
+    for given, problem, said in (({"d": 1.0}, "single_label", "no training row"), ({"a": 2.0}, "multi_label", "one class")):
+        with pytest.raises(RecipeError, match=rf"objective\.class_weights.*{said}"):
+            Classification(class_weights=given, problem=problem).check(SimpleNamespace(stack={}), data)  # type: ignore[arg-type]
+
+
+def test_a_run_leaves_the_confusion_of_its_test_rows(tmp_path: Path) -> None:
+    words = ["steps=2", "batch.size=8", "eval.batches=1", "eval.bootstrap=0", "eval.test=true", "data.limit=16"]
+    train_recipe(tmp_path / "run", "classify", *words, "+objective.class_weights.mixed=4.0")
+    table = json.loads((tmp_path / "run" / "final" / "test_labels.json").read_text(encoding="utf-8"))
+    (scored,) = [e for e in events(tmp_path / "run", "evaluation") if "test/accuracy" in e]
+    matrix = torch.tensor(table["confusion"])
+    assert table["labels"] == ["mixed", "negative", "neutral", "positive"]
+    assert scored["test/accuracy"] == pytest.approx(float(matrix.diagonal().sum() / matrix.sum()))
+    seen = [f for f, *counts in zip(table["f1"], matrix.sum(0), matrix.sum(1), strict=True) if any(counts)]
+    assert scored["test/macro_f1"] == pytest.approx(sum(seen) / len(seen))
+    assert matrix.sum(1).tolist() == table["rows"]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,8 +11,9 @@ import torch
 
 from llmrecipe.core.console import Pace
 from llmrecipe.engine.forward import Engine
+from llmrecipe.training.run import Run
 from tests.objectives.harness import update
-from tests.trainings import events, train_recipe
+from tests.trainings import events, learned, train_recipe
 
 
 def test_a_model_is_never_asked_for_its_own_loss() -> None:
@@ -47,6 +48,22 @@ def test_evaluation_does_not_depend_on_its_batches(tmp_path: Path) -> None:
     assert {k: v for k, v in found[0].items() if k.startswith("eval/")} == {
         k: pytest.approx(v, rel=1e-5) for k, v in found[1].items() if k.startswith("eval/")
     }
+
+
+@pytest.mark.parametrize("recipe", ["sft_lora", "classify"])
+def test_a_run_with_evaluations_ends_with_the_weights_of_one_without(recipe: str, tmp_path: Path) -> None:
+    """To the bit under dropout, with answers that are generated, and with early stopping that does not stop."""
+    drops = {"sft_lora": ["stack.lora.dropout=0.2", "eval.metrics=[exact_match]", "eval.samples=1", "eval.max_new_tokens=3"]}
+    words = ["steps=3", "batch.size=4", "data.limit=12", "eval.load_best=false", "eval.batches=1"]
+    often = ["eval.every=1", "eval.patience=3", *drops.get(recipe, [])]
+    never = ["eval.at_start=false", "eval.test=false", *(w for w in drops.get(recipe, []) if w.startswith("stack"))]
+    train_recipe(tmp_path / "with", recipe, *words, *often)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "due_evaluation", lambda *_, **__: False)
+        train_recipe(tmp_path / "without", recipe, *words, *never)
+    assert len(events(tmp_path / "with", "evaluation")) == 4 and not events(tmp_path / "without", "evaluation")
+    ours, theirs = learned(tmp_path / "with"), learned(tmp_path / "without")
+    assert ours and ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def test_a_long_evaluation_says_how_far_it_is(

@@ -34,6 +34,20 @@ def test_the_best_tracker_by_hand() -> None:
     assert [upward.see(i, {"eval/accuracy": v}).best for i, v in enumerate([0.2, 0.1, 0.2, 0.3])] == [True, False, False, True]
 
 
+def test_patience_begins_after_the_warm_up_and_a_resumed_run_keeps_the_count() -> None:
+    section = EvalSection(patience=2, warmup=3)
+    tracker, verdicts = BestTracker(section, "min"), []
+    for step, value in enumerate([1.0, 2.0, 2.0, 2.0, 0.5, 2.0, 2.0]):
+        verdicts.append(tracker.see(step, {"eval/loss": value}))
+        kept = tracker.state()
+        tracker = BestTracker(section, "min")
+        assert tracker.load_state(kept)
+    # The first three are not counted, the fourth is one, the fifth the best; two more and it stops.
+    assert [v.stop for v in verdicts] == [False] * 6 + [True] and tracker.best_step == 4
+    plain = BestTracker(EvalSection(patience=2), "min")
+    assert [plain.see(step, {"eval/loss": value}).stop for step, value in enumerate([1.0, 2.0, 2.0])] == [False, False, True]
+
+
 def told(values: list[float], kept: dict[int, dict[str, torch.Tensor]]) -> Any:
     """An evaluation that gives these values in turn and remembers what was learned at each."""
     script = iter(values)

@@ -27,10 +27,16 @@ class Classification(PooledScores, LabelPrediction, Objective):
     With `pooling` h_i is the mean of the last states, the first or the last one, and W one new linear layer, which
     `export --to sentence_transformers` writes with it. The head is new, always trained and stored with any adapter. With
     `problem: multi_label` a row has a list of labels, and the loss is the binary cross-entropy,
-    (1/n) sum_i (1/C) sum_c -[y_ic log p_ic + (1 - y_ic) log(1 - p_ic)]. Metrics: accuracy (of all labels of a row at once)
-    and macro F1 over the whole set.
+    (1/n) sum_i (1/C) sum_c -[y_ic log p_ic + (1 - y_ic) log(1 - p_ic)]. `class_weights` make the loss of a step
+    -sum_i w[y_i] log p_i[y_i] / sum_i w[y_i]; evaluations are without them.
 
-    Paper: BERT (arXiv 1810.04805); last-token pooling as in the transformers sequence-classification heads.
+    Metrics of the whole set: accuracy (of all labels of a row at once), F1 averaged over classes (`macro_f1`) and over their
+    rows (`weighted_f1`), Matthews' correlation (`mcc`) and the expected calibration error in 15 bins (`ece`); of several labels
+    a row `micro_f1` of all of them together. `final/test_labels.json` has the confusion matrix and precision, recall and F1 of
+    each label on the test rows.
+
+    Papers: BERT (arXiv 1810.04805); last-token pooling as in the transformers sequence-classification heads; On Calibration of
+    Modern Neural Networks (arXiv 1706.04599).
     """
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.core.option_types import Literal, LossMaskName, NonNegativeFloat
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.option_types import Literal, LossMaskName, NonNegativeFloat, OpenFraction
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.embedding_noise import noise_draws, with_uniform_noise
-from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, target_weights, token_loss
+from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, smoothed_loss, target_weights, token_loss
+
+if TYPE_CHECKING:
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.recipe.schema import Recipe
 
 
 @register
@@ -23,7 +28,9 @@ class Sft(Objective):
     says otherwise: an assistant message may have a `weight`, a row of token ids `weights`. What the mask leaves out has weight
     0, and what has weight 0 is not supervised. `nll` and `accuracy` count every supervised token alike.
 
-    `loss_type: dft` weights each token by its own detached probability.
+    `loss_type: dft` weights each token by its own detached probability. `label_smoothing` e trains
+    (1 - e) log p(y_t) + (e / V) sum_v log p(v) in the place of log p(y_t), V tokens in the vocabulary. Evaluations report the
+    plain loss.
 
     `neftune_alpha` (NEFTune) adds noise to the embeddings of training rows: U(-1, 1) alpha / sqrt(L D), L the tokens of the row
     and D the width; an encoder's rows have their own. It depends on seed, epoch and row alone. Evaluations, calibration and
@@ -42,12 +49,23 @@ class Sft(Objective):
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
     loss_type: Literal["nll", "dft"] = "nll"
     """Negative log-likelihood, or dynamic fine-tuning."""
+    label_smoothing: OpenFraction = 0.0
+    """Share of each target spread over the vocabulary."""
     neftune_alpha: NonNegativeFloat = 0.0
     """Size of NEFTune's noise, 5 to 15 in the paper; 0: none."""
 
     def loss_mask(self) -> str:
         """Train on what the option says."""
         return self.mask
+
+    def check(self, recipe: Recipe, data: SplitRows) -> None:
+        """Refuse to smooth a loss that is not the likelihood's.
+
+        Raises:
+            RecipeError: naming both options.
+        """
+        if self.label_smoothing and self.loss_type != "nll":
+            raise RecipeError(f"objective.label_smoothing: belongs to loss_type=nll; with {self.loss_type} leave it out")
 
     def measures(self) -> Measures:
         """Return the metrics of the supervised tokens."""
@@ -73,6 +91,8 @@ class Sft(Objective):
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed loss of the supervised tokens."""
+        if self.label_smoothing:
+            return smoothed_loss(batch, roles, self.label_smoothing)
         return token_loss(batch, roles, self.loss_type)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
