@@ -122,9 +122,9 @@ def test_rows_that_share_a_run_of_tokens_are_counted_wherever_the_run_is(tmp_pat
     rng = np.random.default_rng(1)
     many = ["".join(map(chr, rng.integers(97, 101, size=int(n)))) for n in rng.integers(1, 30, size=400)]
     left, right = many[:200], many[200:]
-    left, right = ([f"{text}$" for text in part] for part in (left, right))  # the end token is one of the run
-    runs = {text[i : i + 7] for text in left for i in range(len(text) - 6)}
-    wanted = sum(any(text[i : i + 7] in runs for i in range(len(text) - 6)) for text in right)
+    framed = [[f"{text}$" for text in part] for part in (left, right)]  # the end token belongs to the row
+    runs = {text[i : i + 7] for text in framed[0] for i in range(len(text) - 6)}
+    wanted = sum(any(text[i : i + 7] in runs for i in range(len(text) - 6)) for text in framed[1])
     one = read(write(tmp_path / "l.jsonl", [{"text": text} for text in left]), "text")
     two = read(write(tmp_path / "r.jsonl", [{"text": text} for text in right]), "text")
     assert 0 < rows_with_shared_runs(one, two, 7) == wanted < 200
