@@ -20,7 +20,7 @@ from sklearn.metrics import (
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.collate import Sequence, pad
-from llmrecipe.objectives.finetuning._engines.label_prediction import calibration_error, single_label_scores
+from llmrecipe.objectives.finetuning._engines.label_prediction import expected_calibration_error, single_label_scores
 from llmrecipe.objectives.finetuning.classification import Classification
 from llmrecipe.objectives.pretraining.nsp import Nsp
 from tests.trainings import events, train_recipe
@@ -75,8 +75,8 @@ def test_scores_of_several_labels_are_scikit_learns_with_labels_nobody_has(seed:
 def test_the_calibration_error_by_hand() -> None:
     """Two bins: 0.9 twice, right once (a gap of 0.4), and 0.5 twice, both right (0.5): half of each."""
     confidence, right = torch.tensor([0.9, 0.9, 0.5, 0.5]), torch.tensor([True, False, True, True])
-    assert calibration_error(confidence, right) == pytest.approx(0.45, abs=1e-6)
-    assert calibration_error(torch.ones(3), torch.tensor([True, True, True])) == 0.0
+    assert expected_calibration_error(confidence, right) == pytest.approx(0.45, abs=1e-6)
+    assert expected_calibration_error(torch.ones(3), torch.tensor([True, True, True])) == 0.0
 
 
 def test_weights_of_classes_are_torchs_weighted_mean_over_the_step_and_not_in_evaluations() -> None:

@@ -242,7 +242,7 @@ def test_build_component_fills_defaults_and_names_the_path() -> None:
         ("dpo.beta=1", "; dpo is chosen by objective=dpo, and its options are written objective.OPTION=VALUE"),
         ("r=8", "; did you mean 'stack.lora.r'?"),
         ("objective.alpha=2", "; did you mean 'stack.lora.alpha'?"),
-        ("objective.label_smoothing=0.1", "; it is an option of the objective "),
+        ("objective.head_only=true", "; it is an option of the objective "),
         ("objective.beta=1", "; it is an option of the objective cpo, distill, dpo, "),
     ],
 )

@@ -88,7 +88,7 @@ def single_label_scores(predicted: Tensor, gold: Tensor) -> dict[str, float]:
     return {**mean_f1(hits, found, there), "mcc": mcc}
 
 
-def calibration_error(confidence: Tensor, right: Tensor) -> float:
+def expected_calibration_error(confidence: Tensor, right: Tensor) -> float:
     """Return the expected calibration error, sum_b n_b / n |accuracy_b - mean confidence_b| over bins of equal width.
 
     Args:
@@ -227,7 +227,7 @@ class LabelPrediction:
         """Compute F1 of classes, Matthews' correlation and the calibration error over the gathered predictions."""
         predicted, gold = tensors["predicted"], tensors["gold"]
         if self.problem == "single_label":
-            ece = calibration_error(tensors["confidence"], predicted == gold)
+            ece = expected_calibration_error(tensors["confidence"], predicted == gold)
             return {**single_label_scores(predicted, gold), "ece": ece}
         hits, found, there = (predicted & gold).sum(0), predicted.sum(0), gold.sum(0)
         micro = 2.0 * int(hits.sum()) / max(1, int(found.sum() + there.sum()))
