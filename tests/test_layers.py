@@ -49,6 +49,18 @@ def test_a_module_name_stands_once() -> None:
     assert not twice
 
 
+def test_json_files_are_read_in_one_place() -> None:
+    """`json.loads` of a file's content has other bounds and other errors than `core.foreign`."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("loads", "safe_load"):
+                reads = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} & {"read_text", "read_bytes"}
+                if reads and "ASSETS" not in ast.unparse(node):
+                    found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not found
+
+
 def test_modules_are_loaded_by_name_in_one_place() -> None:
     found = set()
     for path in PACKAGE.rglob("*.py"):

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.errors import RecipeError, RunError, plain_path
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -215,4 +215,5 @@ def finished(run: str) -> None:
     from llmrecipe.models.checkpoint_path import STACK_FILE, is_adapter, run_folder
 
     if not is_adapter(run) and run_folder(run) is None:
-        raise RunError(f"{run} is not a run directory: it holds no final/ folder with {STACK_FILE} or model/")
+        holds = f"it holds no final/ folder with {STACK_FILE} or model/"
+        raise RunError(f"{run} is not a run directory: {holds}{plain_path(str(run))}")

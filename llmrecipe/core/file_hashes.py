@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmrecipe.core.console import Pace
+from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.paths import cache_root
 
 CHUNK = 1 << 24
@@ -79,7 +80,7 @@ def file_hash(path: Path, doing: str = "") -> FileHash:
     state = os.stat(real)
     stamp = (str(real), state.st_size, state.st_mtime_ns, state.st_ino)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(_note(stamp[0]).read_text(encoding="utf-8"))
+        kept = parse_json(_note(stamp[0]).read_bytes())
         if kept["file"] == [*stamp] and BLOB.fullmatch(kept["sha256"]):
             return FileHash(str(kept["sha256"]))
     return FileHash(digest(real, doing), stamp)

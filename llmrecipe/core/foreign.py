@@ -28,6 +28,9 @@ def reason_of(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if type(error).__module__.startswith("pydantic") and (listed := getattr(error, "errors", None)) is not None:
+        first = listed(include_url=False)[0]
+        return shortened(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", REASON)
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else ""
     if isinstance(error, KeyError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import parse_json
 
 
 def json_hash(value: object) -> str:
@@ -34,7 +35,7 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 self._values.update(entry["values"] if "values" in entry else {entry["key"]: entry["value"]})
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(

@@ -26,6 +26,7 @@ from llmrecipe.core.cache_sweep import LOCK, UNFINISHED, mark_used, sweep
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.file_hashes import file_hash, sha256_of
 from llmrecipe.core.file_lock import hold
+from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.paths import cache_root
 from llmrecipe.data.tokenize.row_type import RowType
 
@@ -298,7 +299,7 @@ def open_table(folder: Path, kind: RowType) -> TokenTable | None:
     if not folder.exists():
         return None
     try:
-        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        content = parse_json((folder / FACTS).read_bytes())
         if "facts" not in content:  # one without checksums, of an older version
             shutil.rmtree(folder, ignore_errors=True)
             return None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from llmrecipe.core.errors import RunError
 from llmrecipe.core.forward_context import Context, current
 from llmrecipe.engine.continuous_batching import PendingPrompt
 from llmrecipe.engine.decoders import Decoding, decoder_of, equal, left_padded
@@ -88,6 +89,11 @@ def answered(
     """Yield the answers of `generate` in the order in which they end, each with its index."""
     if not prompts:
         return
+    if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt]:
+        raise RunError(
+            f"generation: prompt {empty[0]} of {len(prompts)} has no token ({len(empty)} have none): the tokenizer and the "
+            "chat template make nothing of it; give it text, or a template that renders its turns (tokenizer.chat_template)"
+        )
     was_training = model.training
     model.eval()
     context = context or current()

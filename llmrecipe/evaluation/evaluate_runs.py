@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import Rows
 
-from llmrecipe.core.errors import UserError
+from llmrecipe.core.errors import RunError, UserError
+from llmrecipe.core.foreign import read_json
 from llmrecipe.core.forward_context import activate
 from llmrecipe.core.tasks import Tasks
 
@@ -25,8 +25,8 @@ def finished_runs(folder: Path) -> list[Path]:
     found = []
     for status in sorted(folder.rglob("status.json")):
         try:
-            done = json.loads(status.read_text(encoding="utf-8")).get("status") == "done"
-        except (OSError, ValueError):
+            done = read_json(status).get("status") == "done"
+        except RunError:
             continue
         if done:
             found.append(status.parent)

@@ -17,9 +17,11 @@ from typing import Any
 from llmrecipe.core import registry
 from llmrecipe.core.console import number
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
+from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.core.score_intervals import ENDS
 from llmrecipe.feedback.directions import Direction, direction_of
 from llmrecipe.recipe.validate import build_object
+from llmrecipe.runs.run_dir import read_metrics
 from llmrecipe.runs.run_record import Record, flat, read_run, seconds_of
 
 NOT_A_WAY = ("run", "log", "save", "seed")
@@ -242,14 +244,16 @@ def start_label(path: str) -> str:
 
 def cost_facts(record: Record) -> dict[str, float]:
     """Collect trained parameters, bytes on disk, memory and time of one run."""
-    report = json.loads((record.path / "report.json").read_text(encoding="utf-8"))
+    place = record.path / "report.json"
+    report = read_json(place)
     final = record.path / "final"
     delta = final / "delta.safetensors"
     stored = [delta] if delta.is_file() else sorted((final / "model").glob("*.safetensors"))
-    trained = float(report["trained"]["parameters"])
+    with reading(str(place), "train the run again"):
+        trained, every = float(report["trained"]["parameters"]), float(report["parameters"])
     return {
         "trained": trained,
-        "share": trained / float(report["parameters"]),
+        "share": trained / every,
         "stored": float(sum(file.stat().st_size for file in stored)),
         "memory": max((v for _, v in record.curve("peak_mem_mb")), default=0.0),
         "seconds": seconds_of(record.steps),
@@ -257,8 +261,7 @@ def cost_facts(record: Record) -> dict[str, float]:
 
 
 def _score(record: Record, metric: str, where: str) -> float:
-    file = record.path / "final" / "metrics.json"
-    metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    metrics = read_metrics(record.path)
     if not isinstance(metrics.get(metric), int | float):
         near = did_you_mean(metric, metrics)
         raise RunError(f"{where}: {record.path} has no metric '{metric}'{near} (it has {', '.join(metrics) or 'none'})")

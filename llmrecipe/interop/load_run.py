@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from llmrecipe.core.errors import RunError
+from llmrecipe.core.errors import RunError, plain_path
+from llmrecipe.core.foreign import read_json
 from llmrecipe.interop.multi_adapter import open_adapters
 from llmrecipe.interop.run_plugins import open_plugins_of
 from llmrecipe.interop.verify_logits import HEADS, adapter_head
@@ -100,7 +100,8 @@ def open_run(
         return open_model(section, TokenizerSection(), head=adapter_head(Path(path)), device=device)
     folder = run_folder(path)
     if folder is None:
-        raise RunError(f"{path} is not a run directory: it holds no final/ folder with {delta.STACK_FILE} or model/")
+        holds = f"it holds no final/ folder with {delta.STACK_FILE} or model/"
+        raise RunError(f"{path} is not a run directory: {holds}{plain_path(path)}")
     return open_model(section, TokenizerSection(), head=head_of(folder), options=options, device=device)
 
 
@@ -109,6 +110,7 @@ def head_of(folder: Path) -> str:
     if (folder / delta.STACK_FILE).is_file():
         return delta.read_stack(folder).head
     verify(folder, lambda name: name == "model/config.json")
-    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
-    name = (config.get("architectures") or [""])[0]
+    config = read_json(folder / "model" / "config.json", "model.path", "copy the run again")
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
     return next((head for ending, head in HEADS if name.endswith(ending)), "causal")

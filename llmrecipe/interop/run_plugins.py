@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import yaml
-
 from llmrecipe.core import registry
 from llmrecipe.core.lazy import is_installed
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.recipe.compose import load_entry_points
+from llmrecipe.recipe.yaml_file import read_yaml
 
 
 def open_plugins_of(path: str) -> None:
@@ -18,8 +17,7 @@ def open_plugins_of(path: str) -> None:
     load_entry_points()
     folder = run_folder(path)
     for recipe in [] if folder is None else [folder / "recipe.yaml", folder.parent / "recipe.yaml"]:
-        composed = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        named = composed.get("plugins") if isinstance(composed, dict) else None
+        named = read_yaml(recipe).value.get("plugins") if recipe.is_file() else None
         for package in named if isinstance(named, list) else []:
             if isinstance(package, str) and is_installed(package):
                 registry.add_plugin(package)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.core.foreign import read_json
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, fold_mounted, kept_dtype, reason, target_folder, widen, writing
@@ -111,8 +112,8 @@ def pooling_of(run: str | Path) -> dict[str, Any]:
             f"export --to {NAME}: {run} does not pool its states; runs of objective=contrastive, "
             "and of classification and regression with objective.pooling, do"
         )
-    found: dict[str, Any] = json.loads((folder / POOLING_FILE).read_text(encoding="utf-8"))
-    if found["pool"] not in MODES:
+    found: dict[str, Any] = read_json(folder / POOLING_FILE, f"export --to {NAME}")
+    if found.get("pool") not in MODES:
         raise ModelError(
             f"export --to {NAME}: objective.pool={found['pool']} has no counterpart in that library, which has "
             f"{', '.join(MODES)}; `llmrecipe.load(run)` uses it as it is"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.foreign import read_json
 from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
@@ -172,11 +173,10 @@ def write_golden(folder: Path, found: dict[str, Any] | None) -> None:
 
 def adapter_head(folder: Path) -> str:
     """Return the head an adapter folder was made for: adapter-hub names a model class, PEFT a task."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json", "model.path", "save the adapter again", ModelError)
     if config.get("model_class"):
-        return next((head for ending, head in HEADS if config["model_class"].endswith(ending)), "causal")
-    kind = config.get("task_type")
-    return TASK_HEADS.get(kind, "causal")
+        return next((head for ending, head in HEADS if str(config["model_class"]).endswith(ending)), "causal")
+    return TASK_HEADS.get(str(config.get("task_type")), "causal")
 
 
 TASK_HEADS = {

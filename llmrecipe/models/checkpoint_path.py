@@ -7,7 +7,6 @@ is set, and even then only tensors are unpickled.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import socket
@@ -17,8 +16,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 from llmrecipe.core.console import lasting
-from llmrecipe.core.errors import ModelError, RunError, did_you_mean
-from llmrecipe.core.foreign import read_json
+from llmrecipe.core.errors import ModelError, RunError, did_you_mean, plain_path
+from llmrecipe.core.foreign import parse_json, read_json
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.models.weight_headers import read_header
 from llmrecipe.recipe.rights import how_to_give
@@ -54,7 +53,7 @@ def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
         near = (
             did_you_mean(folder.name, [p.name for p in here.iterdir()]) if here.is_dir() else f"; {here} does not exist either"
         )
-        raise ModelError(f"{key}: there is no folder {path}{near}")
+        raise ModelError(f"{key}: there is no folder {path}{plain_path(path) or near}")
     return path, False
 
 
@@ -231,7 +230,7 @@ def _what_else(folder: Path, names: set[str]) -> str:
 
 def _shards(index: Path, key: str) -> list[str]:
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{key}: {index} is not an index of weights: {error}") from error
     for shard in shards:

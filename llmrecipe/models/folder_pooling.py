@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.foreign import read_json
 
 MODULES_FILE = "modules.json"
 """File of a sentence-transformers folder that lists the steps from a text to its vector."""
@@ -31,18 +31,18 @@ def folder_pooling(folder: Path) -> str | None:
     """
     if not (folder / MODULES_FILE).is_file():
         return None
-    for step in _read(folder / MODULES_FILE):
-        if str(step.get("type", "")).rpartition(".")[2] == "Pooling":
-            config = _read(folder / str(step.get("path", "")) / "config.json")
+    for step in _read(folder / MODULES_FILE, list):
+        if isinstance(step, dict) and str(step.get("type", "")).rpartition(".")[2] == "Pooling":
+            place = folder / str(step.get("path", "")) / "config.json"
+            if not place.resolve().is_relative_to(folder.resolve()):
+                raise ModelError(f"model.path: {folder / MODULES_FILE}: the step '{step['path']}' is outside of its folder")
+            config = _read(place, dict)
             if "pooling_mode" in config:
                 given = config["pooling_mode"]
-                return given if isinstance(given, str) else "+".join(given)
+                return given if isinstance(given, str) else "+".join(map(str, given))
             return "+".join(mode for mode, switch in MODES.items() if config.get(switch))
     return None
 
 
-def _read(path: Path) -> Any:  # noqa: ANN401 (what a JSON file holds)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: {path} cannot be read: {error}; copy the folder again") from error
+def _read(path: Path, kind: type) -> Any:  # noqa: ANN401 (what a JSON file holds)
+    return read_json(path, "model.path", "copy the folder again", ModelError, kind)

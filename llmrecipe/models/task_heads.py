@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.foreign import reading
 from llmrecipe.models.feature_head import FORMS, GEOMETRY, FeatureHead
 from llmrecipe.models.label_head import LabelHead
 from llmrecipe.models.masked_heads import head_chain
@@ -390,7 +391,9 @@ def write_heads(tensors: Mapping[str, Tensor], folder: Path) -> None:
 def read_heads(model: LanguageModel, folder: Path) -> None:
     """Mount the heads saved next to a whole model, if there are any."""
     if (folder / FILE).is_file():
-        mount_heads(model, load_file(str(folder / FILE)))
+        with reading(str(folder / FILE), "copy the run again", ModelError):
+            heads = load_file(str(folder / FILE))
+        mount_heads(model, heads)
 
 
 def freeze_below_head(model: LanguageModel) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from llmrecipe.core.cache_sweep import UNFINISHED, mark_used, sweep
 from llmrecipe.core.console import lasting, say_aside
 from llmrecipe.core.errors import DataError, ModelError
+from llmrecipe.core.foreign import parse_json, read_json
 from llmrecipe.core.paths import cache_root
 from llmrecipe.data import texts
 from llmrecipe.data.cache import table_key
@@ -76,7 +77,7 @@ def trained_tokenizer(train: TokenizerTrainingSection) -> Path:
 
 def training_facts(train: TokenizerTrainingSection) -> dict[str, Any]:
     """Return what is known of a trained tokenizer: its size, and how it does on held-out text (see `try_on`)."""
-    facts: dict[str, Any] = json.loads((trained_tokenizer(train) / FACTS).read_text(encoding="utf-8"))["facts"]
+    facts: dict[str, Any] = read_json(trained_tokenizer(train) / FACTS)["facts"]
     return facts
 
 
@@ -115,7 +116,7 @@ def _intact(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        kept = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        kept = parse_json((folder / FACTS).read_bytes())
         if all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == value for name, value in kept["files"].items()):
             return True
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

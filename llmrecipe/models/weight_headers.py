@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmrecipe.core.foreign import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def read_header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size, MOST_BYTES):
             raise ValueError("the header is cut off")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("the header is not a table of tensors")
     header.pop("__metadata__", None)
@@ -63,7 +64,7 @@ def headers(folder: Path) -> dict[str, Header]:
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
-        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(parse_json((folder / INDEX).read_bytes())["weight_map"].values())
         files = [folder / name for name in sorted(shards) if (folder / name).is_file()]
     else:
         return {}

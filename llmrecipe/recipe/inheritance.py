@@ -35,6 +35,9 @@ from llmrecipe.recipe.yaml_file import YamlFile, dotted, read_yaml, short
 Choice = str | list[str] | None
 """What a defaults list chooses for a group: one name, for `stack` a list of names, or nothing."""
 
+MOST = 100
+"""Most entries of one defaults list."""
+
 
 @dataclass
 class Link:
@@ -96,6 +99,8 @@ class DefaultsChain:
             entries = _implied(source)
         if not isinstance(entries, list):
             raise RecipeError(f"{source.where('defaults')}: defaults is a list, such as `- /base`; got {entries!r:.60}")
+        if len(entries) > MOST:
+            raise RecipeError(f"{source.where('defaults')}: {len(entries):,} entries; at most {MOST} are read")
         parents: list[Any] = []
         for entry in entries:
             if isinstance(entry, dict) and len(entry) == 1 and (group := _words_of(entry)[1]) not in GROUPS:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.redact import SECRET, variable_of
 from llmrecipe.recipe.provenance import Origins, leaves, origin_of
-from llmrecipe.recipe.yaml_file import KeyPath, YamlFile, dotted
+from llmrecipe.recipe.yaml_file import LARGEST, KeyPath, YamlFile, dotted
 
 PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
 PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
@@ -34,6 +34,7 @@ def interpolate(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
         raise RecipeError("\n".join(f"{m}{_at(origins, key)}" for m, key in wrong))
     if not texts:
         return mapping
+    _refuse_growth(mapping, texts, origins)
     shielded = _each(mapping, lambda text, key: PIECE.sub(lambda m: "\0" + m[1] + "\1" if _stays(m, key) else m[0], text))
     config = OmegaConf.create(shielded)
     for key, text in texts:
@@ -49,6 +50,54 @@ def interpolate(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     return _each(resolved, lambda text, key: text.replace("\0", "${").replace("\1", "}"))
+
+
+def _refuse_growth(mapping: dict[str, Any], texts: list[tuple[KeyPath, str]], origins: Origins) -> None:
+    """Refuse interpolations that would write out more than `LARGEST` characters: names of names grow without end.
+
+    Raises:
+        RecipeError: naming the value.
+    """
+    sizes: dict[KeyPath, int] = {}
+
+    def size_at(at: KeyPath, value: object) -> int:
+        if at not in sizes:
+            sizes[at] = 0  # a circle adds nothing; it is refused when it is resolved
+            sizes[at] = size_of(at, value)
+        return sizes[at]
+
+    def size_of(at: KeyPath, value: object) -> int:
+        if isinstance(value, dict):
+            return sum(size_at((*at, str(key)), inner) for key, inner in value.items())
+        if isinstance(value, list):
+            return sum(size_at((*at, index), inner) for index, inner in enumerate(value))
+        if not isinstance(value, str) or "${" not in value:
+            return 1 + len(str(value))
+        return 1 + len(value) + sum(named(at, match) for match in PIECE.finditer(value) if not _stays(match, at[-1]))
+
+    def named(at: KeyPath, piece: re.Match[str]) -> int:
+        inside = piece[1].strip()
+        up = len(inside) - len(inside.lstrip("."))
+        node: Any = mapping
+        parts: list[str | int] = [*(at[:-up] if up else ()), *inside.lstrip(".").split(".")]
+        for index, part in enumerate(parts):
+            if isinstance(node, list) and str(part).isdigit() and int(part) < len(node):
+                parts[index] = int(part)
+                node = node[int(part)]
+            elif isinstance(node, dict) and part in node:
+                node = node[part]
+            else:
+                return 0
+        return size_at(tuple(parts), node)
+
+    total = 0
+    for key, text in texts:
+        total += size_at(key, text)
+        if total > LARGEST:
+            raise RecipeError(
+                f"{dotted(key)}: written out, the values that are named with ${{...}} have more than {LARGEST >> 20} million "
+                f"characters{_at(origins, key)}"
+            )
 
 
 def _resolve(config: DictConfig | ListConfig, key: KeyPath) -> None:

@@ -23,6 +23,8 @@ from llmrecipe.core.errors import did_you_mean
 from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
+MOST = 10_000
+"""Most stages of one `matrix`."""
 AXIS = re.compile(r"\$\{\s*matrix:\s*([A-Za-z_][\w-]*)\s*\}")
 """How a stage names its value on an axis: `${matrix:x}`."""
 Mistake = tuple[KeyPath, str]
@@ -92,6 +94,8 @@ def _wrong(matrix: object, at: KeyPath) -> list[Mistake]:
             wrong.append(
                 (key, f"{dotted(key)}: must be a list of values or a mapping value -> keys of a stage; got {values!r}")
             )
+    if not wrong and (size := _size(matrix)) > MOST:
+        wrong.append((at, f"{dotted(at)}: it makes {size:,} stages; at most {MOST:,} are made"))
     return wrong
 
 

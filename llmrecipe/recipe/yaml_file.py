@@ -40,15 +40,18 @@ LARGEST = 16 << 20
 """Bytes of the largest file that is read."""
 VALUES = 100_000
 """Most values of one file, aliases written out."""
+MOST = 5_000_000
+"""Most values of one file that a program wrote, aliases written out."""
 DEEPEST = 64
 """Deepest nesting."""
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which no file can hold as text."""
 SCALARS = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null"))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars, of bounded depth and size."""
+class _Bounded(yaml.SafeLoader):
+    """SafeLoader of bounded depth and size."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -62,9 +65,20 @@ class _Loader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge `<<` keys, into at most `VALUES` entries."""
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        parts = [part for value in merged for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
+        # A mapping that is merged more than once is copied each time.
+        if sum(len(part.value) for part in parts if isinstance(part, yaml.MappingNode)) > VALUES:
+            raise yaml.YAMLError(_TOO_MANY)
         super().flatten_mapping(node)
         if len(node.value) > VALUES:
             raise yaml.YAMLError(_TOO_MANY)
+
+
+class _Loader(_Bounded):
+    """Loader with YAML 1.2 scalars."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 _TOO_MANY = f"more than {VALUES:,} values, with aliases (*name) and merges (<<) written out"
@@ -78,7 +92,8 @@ def _resolve(tag: str, pattern: str, first: str) -> None:
 
 _resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
 _resolve("null", r"^(?:~|null|Null|NULL|)$", "~nN")
-_resolve("int", r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$", "-+0123456789")
+# Longer ones stay text: a number of thousands of digits can be read, but not written again.
+_resolve("int", r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]{1,256})$", "-+0123456789")
 _resolve(
     "float",
     r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
@@ -150,6 +165,9 @@ def _build(
         inside = (*parents, node)
         return [_build(loader, child, (*at, index), lines, path, inside) for index, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
+        if HALF.search(node.value):
+            where = f"{short(path)}:{node.start_mark.line + 1}: '{dotted(at)}'"
+            raise RecipeError(f"{where}: half of a surrogate pair is no character: {node.value!r:.60}")
         try:
             return loader.construct_object(node)
         except (ValueError, OverflowError, KeyError) as error:
@@ -203,6 +221,28 @@ class _Dumper(yaml.SafeDumper):
 for _first, _rules in _Loader.yaml_implicit_resolvers.items():
     for _tag, _pattern in _rules:
         _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
+
+
+def load_bounded(text: str) -> Any:  # noqa: ANN401 (what a YAML file holds)
+    """Read YAML that `yaml.safe_dump` wrote, of bounded depth and size.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or too large or too deep.
+    """
+    loader = _Bounded(text)
+    try:
+        value = loader.get_single_data()
+    finally:
+        loader.dispose()
+    left, inside = MOST, [value]
+    while inside:
+        one = inside.pop()
+        children = [*one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
+        left -= len(children)
+        if left < 0:
+            raise yaml.YAMLError(f"more than {MOST:,} values, with aliases (*name) written out")
+        inside += children
+    return value
 
 
 def write_yaml(value: dict[str, Any]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from llmrecipe.core.errors import UserError
+from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.core.file_hashes import sha256_of
+from llmrecipe.core.foreign import parse_json, read_json, reading
 from llmrecipe.models.checkpoint_path import PICKLED, SAFE, locate
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.run_dir import IDENTITY
@@ -34,7 +34,7 @@ def same_base(base: ModelSection, folder: Path) -> bool | None:
         folder: the run's `final` folder.
     """
     try:
-        kept = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))["base"]
+        kept = parse_json((folder / IDENTITY).read_bytes())["base"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     place = base_folder(base)
@@ -49,5 +49,7 @@ def weight_files(folder: Path) -> list[str]:
     """Return the names of the files that hold the weights of a model folder."""
     for index in (SAFE[1], PICKLED[1]):
         if (folder / index).is_file() and not (folder / index.replace(".index.json", "")).is_file():
-            return [index, *sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))]
+            listed = read_json(folder / index, "model.path", "download or save the model again", ModelError)
+            with reading(f"model.path: {folder / index}", "download or save the model again", ModelError):
+                return [index, *sorted({str(name) for name in listed["weight_map"].values()})]
     return [name for name in (SAFE[0], PICKLED[0]) if (folder / name).is_file()][:1]

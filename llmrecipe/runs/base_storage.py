@@ -27,7 +27,7 @@ def storages(layers: Sequence[delta.Layer]) -> list[list[Wrapper]]:
     """Return the ways in which the base of saved stacks was stored, one after the other; a stack without one keeps the last."""
     found: list[list[Wrapper]] = []
     for layer in layers:
-        own = base_wrappers([delta.build_wrapper(name, mapping) for name, mapping in layer.wrappers.items()])
+        own = base_wrappers([delta.build_wrapper(name, mapping, layer.source) for name, mapping in layer.wrappers.items()])
         if own and not (found and alike(found[-1], own)):
             found.append(own)
     return found

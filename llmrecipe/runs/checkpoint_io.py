@@ -31,6 +31,7 @@ from torch import Tensor
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.file_hashes import digest as file_digest
+from llmrecipe.core.foreign import parse_json, reading
 from llmrecipe.runs.checksums import FILE as CHECKSUMS
 from llmrecipe.runs.checksums import file_fault, read_checksums
 from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync, sync_tree
@@ -178,7 +179,7 @@ def fault(path: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None when every file exists and matches its checksum."""
     try:
         listed = read_checksums(path)
-        step = json.loads((path / CHECKSUMS).read_text(encoding="utf-8")).get("step")
+        step = parse_json((path / CHECKSUMS).read_bytes()).get("step")
     except (OSError, ValueError) as error:
         return f"its {CHECKSUMS} cannot be read ({type(error).__name__})"
     match = NAME.match(path.name)
@@ -234,8 +235,9 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     if wrong is not None:
         raise RunError(f"the checkpoint {path} cannot be used: {wrong}")
     files = read_checksums(path)
-    tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors") and "/" not in f}
-    documents = {Path(f).stem: json.loads((path / f).read_text(encoding="utf-8")) for f in files if f.endswith(".json")}
+    with reading(f"the checkpoint {path} cannot be used"):
+        tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors") and "/" not in f}
+        documents = {Path(f).stem: parse_json((path / f).read_bytes()) for f in files if f.endswith(".json")}
     if DIVIDED in documents:
         tensors["delta"] |= _joined(path / f"delta{PARTS}", documents[DIVIDED])
     return SavedCheckpoint(path, int(match[2]), tensors, documents)
@@ -252,7 +254,8 @@ def _joined(folder: Path, layout: Mapping[str, tuple[str, list[int]]]) -> dict[s
 
 def read_document(path: Path, stem: str) -> dict[str, Any]:
     """Return one JSON document of an intact checkpoint."""
-    return json.loads((path / f"{stem}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = parse_json((path / f"{stem}.json").read_bytes())
+    return found
 
 
 def rotate(root: Path, keep: int, best: int | None = None) -> list[int]:

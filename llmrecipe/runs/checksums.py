@@ -16,6 +16,7 @@ from typing import Any
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.file_hashes import BLOB, digest, sha256_of
+from llmrecipe.core.foreign import parse_json
 
 FILE = "checksums.json"
 LARGE = 1 << 26
@@ -42,7 +43,7 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
         FileNotFoundError: there are no checksums.
         ValueError: they are damaged.
     """
-    content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    content = parse_json((folder / FILE).read_bytes())
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
         raise ValueError("it lists no files")

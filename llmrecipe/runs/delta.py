@@ -29,6 +29,7 @@ from llmrecipe.models.checkpoint_path import DELTA_FILE, STACK_FILE
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import owner_of_name, shared_modules, shared_name
 from llmrecipe.models.sharded import whole
+from llmrecipe.recipe.yaml_file import load_bounded
 from llmrecipe.runs.checksums import verify
 
 SAMPLE = 4096
@@ -43,6 +44,8 @@ class Layer:
     structures: dict[str, dict[str, Any]] = field(default_factory=dict)
     file: str = DELTA_FILE
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    source: str = field(default="a stored stack", compare=False)
+    """What it was read from, for messages."""
 
 
 @dataclass
@@ -79,10 +82,19 @@ def wrapper_mapping(wrapper: Wrapper) -> dict[str, Any]:
     return {"kind": kind_name(wrapper), **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
-def build_wrapper(name: str, mapping: Mapping[str, Any]) -> Wrapper:
-    """Build a wrapper from its mapping."""
-    options = {k: v for k, v in mapping.items() if k != "kind"}
-    return registry.load_class("stack", mapping["kind"], f"stack.{name}")(name=name, **options)
+def build_wrapper(name: str, mapping: Mapping[str, Any], source: str = "") -> Wrapper:
+    """Build a wrapper from its mapping.
+
+    Args:
+        source: the file that stores it, for messages.
+
+    Raises:
+        RunError: it names no method, or an option has no value of the method.
+    """
+    at = f"{source}{': ' if source else ''}stack.{name}"
+    with reading(at):
+        options = {k: v for k, v in mapping.items() if k != "kind"}
+        return registry.load_class("stack", str(mapping["kind"]), at)(name=name, **options)
 
 
 def write_stack(folder: Path, saved: SavedStack) -> None:
@@ -112,9 +124,12 @@ def read_stack(folder: Path, tensors: bool = True) -> SavedStack:
     """
     verify(folder, lambda name: name == STACK_FILE)
     with reading(f"{folder}: not a finished adapter run: {STACK_FILE}"):
-        content = yaml.safe_load((folder / STACK_FILE).read_text(encoding="utf-8"))
+        content = load_bounded((folder / STACK_FILE).read_text(encoding="utf-8"))
         base, listed = dict(content["base"]), [dict(layer) for layer in content["layers"]]
-        parts = [(dict(x["wrappers"]), dict(x["structures"]), str(x["file"])) for x in listed]
+        base["section"] = dict(base.get("section") or {})
+        parts = [(_mappings(x["wrappers"]), _mappings(x["structures"]), str(x["file"])) for x in listed]
+        head, labels = str(content.get("head", "causal")), content.get("labels")
+        labels = None if labels is None else [str(label) for label in list(labels)]
     for _, _, name in parts:
         if Path(name).name != name or not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise RunError(f"{folder / STACK_FILE}: the layer '{name}' is outside of its folder; only files in it are read")
@@ -123,8 +138,13 @@ def read_stack(folder: Path, tensors: bool = True) -> SavedStack:
     layers = []
     for wrappers, structures, name in parts:
         with reading(f"{folder / name}: a tensor file is missing or damaged"):
-            layers.append(Layer(wrappers, structures, name, load_file(str(folder / name)) if tensors else {}))
-    return SavedStack(base, layers, content.get("head", "causal"), content.get("labels"), content.get("objective", ""))
+            found = load_file(str(folder / name)) if tensors else {}
+            layers.append(Layer(wrappers, structures, name, found, str(folder / STACK_FILE)))
+    return SavedStack(base, layers, head, labels, str(content.get("objective", "")))
+
+
+def _mappings(value: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {str(name): dict(inner) for name, inner in dict(value).items()}
 
 
 def mount_layer(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
@@ -132,12 +152,20 @@ def mount_layer(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
 
     Returns:
         The mounted wrappers, renamed `mounted<index>_<name>` so that a new stack may use the same names.
+
+    Raises:
+        RunError: the model has no place for it.
     """
+    with reading(f"{layer.source}: this stack cannot be put on the model"):
+        return _mount(model, layer, index)
+
+
+def _mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
     names = {name: f"mounted{index}_{name}" for name in layer.wrappers}
     wrappers = [
         w
         for name, mapping in layer.wrappers.items()
-        if (w := build_wrapper(name, mapping)).stage in (Stage.INJECT, Stage.SELECT)
+        if (w := build_wrapper(name, mapping, layer.source)).stage in (Stage.INJECT, Stage.SELECT)
     ]
     renamed = [replace(w, name=names[w.name]) for w in wrappers]
     task_heads.mount_heads(model, layer.tensors)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.foreign import reading
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._engines.biases import finalize_biases
 from llmrecipe.methods._engines.loftq_codes import finalize_codes
@@ -80,7 +81,8 @@ def resolve_section(section: ModelSection, tensors: bool = True) -> tuple[ModelS
         return section.model_copy(update={"path": str(folder / "model")}), None, folder
     saved = delta.read_stack(folder, tensors)
     own = section.model_dump(exclude_defaults=True, exclude={"path", "continue_"})
-    base = ModelSection(**{**without_rights(saved.base.get("section", {})), **own, "path": find_base(saved.base, folder)})
+    with reading(f"{folder / STACK_FILE}: its model section"):
+        base = ModelSection(**{**without_rights(saved.base["section"]), **own, "path": find_base(saved.base, folder)})
     return base, saved, folder
 
 

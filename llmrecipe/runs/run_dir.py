@@ -24,9 +24,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.core.errors import RunError, did_you_mean
+from llmrecipe.core.errors import RunError, did_you_mean, plain_path
 from llmrecipe.core.file_lock import hold, is_held
-from llmrecipe.core.foreign import read_json
+from llmrecipe.core.foreign import parse_json, read_json
 from llmrecipe.core.redact import redact_text
 from llmrecipe.runs.durable import clear_leftovers, delete, unfinished_path, write_text
 from llmrecipe.runs.events import last_step
@@ -109,7 +109,8 @@ class RunDir:
         """
         path = Path(path)
         if not (path / "status.json").is_file() or description(path) is None:
-            raise RunError(f"{path} is not a run directory (it has no recipe.yaml and status.json){_near(path)}")
+            hint = plain_path(str(path)) or _near(path)
+            raise RunError(f"{path} is not a run directory (it has no recipe.yaml and status.json){hint}")
         main = runtime is None or runtime.is_main
         found = cls(path, main)
         if write and main:
@@ -213,7 +214,7 @@ class RunDir:
     def identity(self) -> dict[str, Any] | None:
         """Return `identity.json`; empty where it is damaged, None where there is none."""
         try:
-            value = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+            value = parse_json((self.path / IDENTITY).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -290,7 +291,7 @@ def started_in(path: Path) -> Path | None:
     Of a run that was moved, it is the folder in the same place relative to it, where there is one.
     """
     try:
-        kept = json.loads((path / "environment.json").read_text(encoding="utf-8"))["folder"]
+        kept = parse_json((path / "environment.json").read_bytes())["folder"]
         then, near, run = Path(kept["absolute"]), Path(os.path.normpath(path.absolute() / kept["relative"])), kept["run"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

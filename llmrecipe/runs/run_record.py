@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError, did_you_mean
+from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.core.score_intervals import normal_ends
 from llmrecipe.runs.events import FILE, read_events
 from llmrecipe.runs.looks import read_looks
@@ -90,11 +90,10 @@ def read_task_scores(run: Path) -> dict[str, dict[str, Any]]:
     file = run / TASK_SCORES
     if not file.is_file():
         return {}
-    try:
-        found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{file}: damaged ({error}); remove it and score the tasks again") from error
-    return found
+    remedy = "remove it and score the tasks again"
+    found: dict[str, dict[str, Any]] = read_json(file, "", remedy)
+    with reading(str(file), remedy):
+        return {task: {**scores, "metrics": dict(scores["metrics"])} for task, scores in found.items()}
 
 
 def read_run(path: str | Path) -> Record:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.data.overlap import RUN, rows_with_shared_runs, shared_rows
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.logprob import NOTHING
@@ -84,7 +85,8 @@ def score_after(run: RunState) -> dict[str, float]:
     run.runtime.barrier()
     if not sets or not kept.is_file():
         return {}
-    before = {name: np.array(sums) for name, sums in json.loads(kept.read_text(encoding="utf-8")).items()}
+    with reading(str(kept), "delete it, and continue with eval.forgetting={}"):
+        before = {name: np.array(sums, dtype=float).reshape(-1, 2) for name, sums in read_json(kept).items()}
     after = {name: np.array(row_losses(run, rows)) for name, rows in sets.items()}
     changed = [n for n, sums in after.items() if n not in before or not np.array_equal(before[n][:, 1], sums[:, 1])]
     if changed:

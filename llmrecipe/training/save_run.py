@@ -33,6 +33,7 @@ from llmrecipe.runs.checkpoint_io import (
     keep_only,
     latest_checkpoint,
     read_checkpoint,
+    read_document,
     rotate,
     save_checkpoint,
     steps,
@@ -223,7 +224,7 @@ def forget_worse(run: RunState) -> None:
     wanted = {run.best.best_step}
     for step in steps(root):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            wanted.add(json.loads((root / folder_name(step) / "judge.json").read_text(encoding="utf-8"))["best_step"])
+            wanted.add(read_document(root / folder_name(step), "judge")["best_step"])
     keep_only(run.dir.path / BEST, wanted)
 
 

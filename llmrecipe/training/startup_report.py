@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
+from llmrecipe.core.foreign import read_json
 from llmrecipe.core.redact import redact_text
 from llmrecipe.data import validation
 from llmrecipe.methods._base.stack import base_parameters, kind_name
@@ -104,7 +105,7 @@ def recipe_facts(run: RunState) -> dict[str, Any]:
         if own or line.origin.kind == "override":
             found[dotted(line.key)] = redact_text(str(line.origin))
     path = run.dir.path / "report.json"
-    known = json.loads(path.read_text(encoding="utf-8")).get("recipe", {}) if run.first_step and path.is_file() else {}
+    known = read_json(path).get("recipe", {}) if run.first_step and path.is_file() else {}
     return {"name": run.composition.name, **known, "set": {**known.get("set", {}), **found}}
 
 
@@ -118,7 +119,7 @@ def add_to_report(run: RunState, part: str, facts: dict[str, Any]) -> None:
     path = run.dir.path / "report.json"
     if not run.runtime.is_main or not path.is_file():
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path)
     known[part] = {**known.get(part, {}), **facts}
     path.write_text(json.dumps(known, indent=1, default=str) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llmrecipe.core import http_client, time_limit
 from llmrecipe.core.errors import DataError, RecipeError, RunError
@@ -19,10 +20,12 @@ from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.readers import open_file
 from llmrecipe.data.formats.sources import open_split
 from llmrecipe.data.tokenize.chat_templates import Template
+from llmrecipe.pipelines.search.space import grid_points
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.overrides import parse_overrides
-from llmrecipe.recipe.schema import DataSection
-from llmrecipe.recipe.yaml_file import DEEPEST, read_yaml
+from llmrecipe.recipe.pipeline_plan import plan
+from llmrecipe.recipe.schema import DataSection, SearchSection
+from llmrecipe.recipe.yaml_file import DEEPEST, load_bounded, read_yaml
 from tests.servers import server
 
 NINE = range(1, 12)
@@ -32,6 +35,8 @@ YAML = {
         "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in NINE),
         "aliases",
     ),
+    "copies": ("a: &a {x: 1, y: 2}\nb: {<<: [" + ",".join(["*a"] * 60_000) + "]}\n", "aliases"),
+    "half": ('a:\n  b: "\\ud800"\n', "x.yaml:2: 'a.b': half of a surrogate pair"),
     "flow": ("a: " + "[" * 5000 + "]" * 5000, "deeper than 64"),
     "block": ("a:\n" + "".join(" " * i + "-\n" for i in range(1, 99)), "deeper than 64"),
     "chain": ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 99)), "deeper than 64"),
@@ -58,6 +63,51 @@ def test_yaml_within_the_bounds_is_read(tmp_path: Path) -> None:
     path.write_bytes(b"#" + b" " * (17 << 20))
     with pytest.raises(RecipeError, match="larger than 16 MB"):
         read_yaml(path)
+
+
+def test_a_number_that_cannot_be_written_again_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("defaults: [/sft_lora, _self_]\nseed: 0x" + "f" * 6000)
+    with pytest.raises(RecipeError, match="seed: must be a whole number; got '0xfff"):
+        compose(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "lists", "relative"])
+def test_names_of_names_do_not_grow_without_end(kind: str, tmp_path: Path) -> None:
+    """Each of nine values names the one before it twelve times."""
+    name = "${.a%d}" if kind == "relative" else "${vars.a%d}"
+    lines = ["  a0: xxxxxxxxxxxxxxxxxxxx"]
+    for i in range(1, 9):
+        names = [name % (i - 1)] * 12
+        lines.append(f"  a{i}: {json.dumps(names if kind == 'lists' else ''.join(names))}")
+    path = tmp_path / "x.yaml"
+    path.write_text("defaults: [/sft_lora, _self_]\nvars:\n" + "\n".join(lines))
+    with pytest.raises(RecipeError, match=r"vars.a\d.*more than 16 million characters \[.*x.yaml:\d"):
+        compose(path)
+
+
+def test_what_a_recipe_multiplies_is_bounded(tmp_path: Path) -> None:
+    many = "[" + ", ".join(map(str, range(200))) + "]"
+    cases = {
+        f"stages: {{a: {{recipe: sft_lora, matrix: {{x: {many}, y: {many}}}}}}}": "stages.a.matrix: it makes 40,000 stages",
+        "defaults: [" + "/sft_lora, " * 200 + "_self_]": r"x.yaml:1: 201 entries; at most 100 are read",
+    }
+    for text, said in cases.items():
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=said):
+            plan(compose(tmp_path / "x.yaml"))
+    section = SearchSection.model_validate({"space": {"optim.lr": {"low": 0, "high": 1e12, "step": 1}}, "sampler": "grid"})
+    with pytest.raises(RecipeError, match="a range has 1,000,000,000,001 values; at most 100,000"):
+        grid_points(section)
+
+
+def test_a_stored_stack_is_bounded() -> None:
+    laughs = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in NINE)
+    for text in (laughs, "a: " + "[" * 500 + "]" * 500):
+        with pytest.raises(yaml.YAMLError, match=r"aliases|deeper than 64"):
+            load_bounded(text)
+    value = {"base": {"path": "on", "n": 1e-5}, "layers": [{"x": [1, None, True, "1e-5", "010"]}]}
+    assert load_bounded(yaml.safe_dump(value)) == value
 
 
 @pytest.mark.parametrize("word", ["a=" + "[" * 500 + "]" * 500, "a=" + "{b:" * 90 + "1" + "}" * 90, "a=" + "9" * 6000])
@@ -113,6 +163,16 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["x" * 50] * 10_000}), table)
     with pytest.raises(DataError, match="once unpacked"):
         open_file(table, tight)
+    for kind in ("zstd", "lz4"):
+        for new in (pa.ipc.new_file, pa.ipc.new_stream):
+            words = pa.array(["y" * 20_000]).dictionary_encode()
+            rows = pa.table({"text": ["x" * 5000] * 10, "word": pa.chunked_array([words] * 10)})
+            with new(tmp_path / "x.arrow", rows.schema, options=pa.ipc.IpcWriteOptions(compression=kind)) as sink:
+                sink.write_table(rows)
+            with pytest.raises(DataError, match=r"x.arrow: more than 1,000 bytes once unpacked; .*data.max_unpacked=BYTES"):
+                open_file(tmp_path / "x.arrow", tight)
+            allowed = open_file(tmp_path / "x.arrow", Bounds(unpacked=10**6))
+            assert [row["word"] for row in allowed.rows([0, 9])] == ["y" * 20_000] * 2
     long = {"jsonl": f"{ROW}\n" + json.dumps({"text": "x" * 200}), "txt": "a\n" + "x" * 200, "ndjson": "x" * 500}
     for kind, text in long.items():
         path = tmp_path / f"x.{kind}"

@@ -141,10 +141,28 @@ def bad_files(folder: Path) -> dict[str, Path]:
     made["box"] = vectors(folder / "box.npz", features=np.ones((1, 2)), boxes=np.array([[0, 0, 640, 480]]))
     made["torn"] = folder / "torn.npz"
     made["torn"].write_bytes(made["several"].read_bytes()[:100])
+    described = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4)}"
+    with zipfile.ZipFile(folder / "shape.npz", "w") as packed:
+        packed.writestr("features.npy", b"\x93NUMPY\x01\0" + len(described).to_bytes(2, "little") + described)
+    for name, header in HEADERS.items():
+        (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
+    made |= {name: folder / f"{name}.safetensors" for name in HEADERS} | {"shape": folder / "shape.npz"}
+    (folder / "code.npy").write_bytes(b"\x93NUMPY\x01\0" + (100).to_bytes(2, "little") + b"(" * 100)
+    (folder / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    made |= {"code": folder / "code.npy", "program": folder / "program.png"}
     return made
 
 
+HEADERS = {
+    "half": b'{"features": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [0, 4]}}',
+    "byte": b'{"features": {"dtype": "F8_E4M3", "shape": [1, 4], "data_offsets": [0, 4]}}',
+    "offsets": b'{"features": {"dtype": "F32", "shape": [1, 9], "data_offsets": [0, 4]}}',
+    "deep": b"[" * 20_000,
+}
+"""Headers of files of tensors that NumPy has no type for, or that are damaged."""
 BAD = {
+    **dict.fromkeys(("shape", "code", *HEADERS), "is damaged or no file of arrays"),
+    "program": r"is damaged or no picture \(cannot identify",
     "cut": "is damaged or no picture",
     "text": "is damaged or no picture",
     "empty": "is damaged or no picture",

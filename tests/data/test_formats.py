@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,17 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
         prepare(DataSection(path=str(tmp_path / "pair.jsonl")), byte_tokenizer(), "text", seed=0)
     with pytest.raises(DataError, match=r"no built-in set is called 'storys'; did you mean 'stories'\?"):
         prepare(DataSection(path="builtin:storys"), byte_tokenizer(), "text", seed=0)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    kinds = {
+        "pipe": "a pipe or device, not a file",
+        "link": "a link to .*gone.jsonl, which does not exist",
+        "loop": "to itself",
+    }
+    for name, said in kinds.items():
+        with pytest.raises(DataError, match=f"data.path: .*{name}.jsonl: .*{said}"):
+            prepare(DataSection(path=str(tmp_path / f"{name}.jsonl")), byte_tokenizer(), "text", seed=0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no training file"):
         prepare(DataSection(path=str(tmp_path / "empty")), byte_tokenizer(), "text", seed=0)
@@ -287,6 +300,24 @@ def test_folders_with_shards_and_saved_data_sets(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "x"}])}).save_to_disk(str(folder))
     found = prepare(DataSection(path=str(folder)), byte_tokenizer(), "text", seed=0)
     assert found is not None and len(found) == 1
+    state = folder / "train" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": [{"filename": "../../other.arrow"}]}))
+    with pytest.raises(DataError, match=r"state.json: '../../other.arrow' is outside of its folder"):
+        prepare(DataSection(path=str(folder)), byte_tokenizer(), "text", seed=0)
+
+
+def test_a_long_cell_and_many_columns_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "x" * (3 << 20) + ",1\n")
+    assert len(read_whole(tmp_path / "a.csv")[0]["text"]) == 3 << 20
+    names = [f"c{i}" for i in range(30_000)]
+    (tmp_path / "b.csv").write_text(",".join([*names, "c7"]) + "\n" + ",".join("1" for _ in range(30_001)))
+    started = time.process_time()
+    with pytest.raises(DataError, match=r"b.csv:1: the column 'c7' is there 2 times"):
+        read_whole(tmp_path / "b.csv")
+    assert time.process_time() - started < 5.0, "each name is counted once"
+    (tmp_path / "c.csv").write_text("a," + "b" * 200_000 + "\n1,2\n")
+    with pytest.raises(DataError, match=r"c.csv: the file is damaged or not csv \(field larger"):
+        read_whole(tmp_path / "c.csv")
 
 
 def test_pictures(tmp_path: Path) -> None:

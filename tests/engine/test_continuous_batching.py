@@ -272,3 +272,12 @@ def test_settings_of_the_model_are_put_back() -> None:
 def test_other_caches_take_padded_batches(family: str) -> None:
     model = model_of("t5") if family == "t5" else tiny_model("bamba", num_key_value_heads=4, mamba_n_heads=8, mamba_d_head=8)
     assert kv_cache.fresh(model) is None
+
+
+def test_a_prompt_without_tokens_is_named() -> None:
+    from llmrecipe.core.errors import RunError
+    from llmrecipe.engine.generation import generate
+    from tests.tiny import Tokenizer
+
+    with pytest.raises(RunError, match=r"generation: prompt 2 of 3 has no token \(1 have none\)"):
+        generate(tiny_model(), Tokenizer(), [[3], [], [4]], Sampling(max_new_tokens=1))

@@ -94,3 +94,20 @@ def test_a_hub_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: str(tmp_path / "snapshot" / "config.json"))
     assert find_base(base, tmp_path / "final") == str(tmp_path / "snapshot")
     assert describe_base("tiny", tmp_path) == {"path": "tiny"} and checkpoint_path.TINY.is_dir()
+
+
+def test_a_folder_may_have_any_name_and_a_path_stands_alone(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commas, equals signs, quotes and braces mean something in an override, and nothing in a path."""
+    from llmrecipe.evaluation.eval_recipe import recipe_of
+
+    monkeypatch.chdir(project)
+    odd = tmp_path / 'it\'s a=1, [b] {c} (d) "e"'
+    shutil.copytree(project / "runs" / "one", odd)
+    assert recipe_of(str(odd), ["seed=3"]).recipe.model.path == str(odd)
+    shutil.copytree(ASSETS / "tiny", tmp_path / "m = {n}")
+    assert recipe_of(str(tmp_path / "m = {n}"), []).recipe.model.path == str(tmp_path / "m = {n}")
+    for verb in (["eval"], ["chat"], ["report"], ["compare"], ["export", "--to", "merged"]):
+        assert run_command([verb[0], "run=runs/one", *verb[1:]]) == 2
+        assert "it stands here without 'run=': runs/one" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.core.foreign import reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,11 +62,14 @@ class FeatureReader:
         return np.ascontiguousarray(self.prepare(self._picture(path, where)), dtype=np.float32)
 
     def _picture(self, path: Path, where: str) -> Image.Image:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
         try:
+            Image.init()
+            # EPS is a program that another program would have to run.
+            known = [name for name in Image.OPEN if name != "EPS"]
             # The size is in the header, which is read before any pixel is unpacked.
-            with Image.open(path) as opened:
+            with Image.open(path, formats=known) as opened:
                 pixels = opened.width * opened.height
                 if pixels > self.max_pixels:
                     raise DataError(
@@ -74,17 +78,21 @@ class FeatureReader:
                     )
                 opened.load()
                 return ImageOps.exif_transpose(opened).convert(self.mode)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # each of Pillow's readers raises its own classes for a damaged file
             raise DataError(
-                f"{where}: {path} is damaged or no picture ({str(error).splitlines()[0]}); replace it, or take the row out. "
+                f"{where}: {path} is damaged or no picture ({reason_of(error)}); replace it, or take the row out. "
                 f"Files of vectors end in {', '.join(ARRAYS)}"
             ) from error
 
     def _vectors(self, path: Path, where: str) -> np.ndarray:
         try:
             found = self._arrays(path, where)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except DataError:
+            raise
+        except Exception as error:  # a shape that no memory holds among them, and types that NumPy does not have
+            why = reason_of(error)
             raise DataError(f"{where}: {path} is damaged or no file of arrays ({why}); write it again") from error
         values = found.get(NAME) if NAME in found else next(iter(found.values()), None) if len(found) == 1 else None
         if values is None:

@@ -25,6 +25,7 @@ from llmrecipe.core.console import Pace
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.file_hashes import sha256_of
 from llmrecipe.core.file_lock import hold
+from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.paths import cache_root
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _open(folder: Path) -> tuple[list[tuple[int, ...]], np.ndarray] | None:
     if not folder.exists():
         return None
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = parse_json((folder / FACTS).read_bytes())
         shapes = [tuple(map(int, shape)) for shape in facts["shapes"]]
         size = sum(int(np.prod(shape)) for shape in shapes)
         if (folder / VALUES).stat().st_size != 4 * size or sha256_of(folder / VALUES) != facts["sha256"]:

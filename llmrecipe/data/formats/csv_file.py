@@ -10,6 +10,7 @@ import csv
 import io
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,9 @@ def read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
     content = content[given.end() :] if given else content
     delimiter = given[1].decode() if given else _delimiter(content, "\t" if kind == ".tsv" else ",")
     header = _header(content, delimiter)
-    if twice := next((name for name in header if name and header.count(name) > 1), None):
-        raise DataError(f"{path}:1: the column '{twice}' is there {header.count(twice)} times; rename or remove all but one")
+    twice, count = Counter(name for name in header if name).most_common(1)[0] if any(header) else ("", 0)
+    if count > 1:
+        raise DataError(f"{path}:1: the column '{twice}' is there {count} times; rename or remove all but one")
     _check_quotes(content, delimiter, path)
     damaged: list[tuple[int, int, int]] = []
 
@@ -55,7 +57,8 @@ def read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
 
     table = arrow_csv.read_csv(
         io.BytesIO(content),
-        read_options=arrow_csv.ReadOptions(use_threads=False),
+        # A row is read from one block, however long it is.
+        read_options=arrow_csv.ReadOptions(use_threads=False, block_size=min(len(content), 1 << 30)),
         parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note),
         convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
     )

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import mmap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import numpy as np
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.file_hashes import file_hash
 from llmrecipe.core.foreign import DuplicateKey, once, parse_json, reason_of
+from llmrecipe.data.formats.arrow_sizes import arrow_unpacked
 from llmrecipe.data.formats.bounds import BOUNDS, Bounds
 from llmrecipe.data.formats.file_content import BOM, EXTENSIONS, content_kind, content_of, first_sign, suffix_kind
 
@@ -306,11 +308,7 @@ class TableFile(Reader):
     def __init__(self, path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds = BOUNDS) -> None:
         self.name, self.path, self.base = str(path), path, path.parent
         self.table = _read_table(path, kind, data, bounds)
-        names = self.table.column_names
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise DataError(
-                f"{path}: the column '{twice[0]}' is there {names.count(twice[0])} times; rename or remove all but one"
-            )
+        _refuse_repeated(self.table.column_names, str(path))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -351,15 +349,38 @@ def _read_table(path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds) 
             bounds.check_unpacked(_unpacked(parquet.read_metadata(place)), path)
             return parquet.ParquetFile(place, memory_map=True).read()
         if kind in (".arrow", ".feather"):
-            source = pa.BufferReader(data) if isinstance(data, bytes) else pa.memory_map(str(path))
-            try:
-                return pa.ipc.open_file(source).read_all()
-            except pa.ArrowInvalid:
-                source.seek(0)
-                return pa.ipc.open_stream(source).read_all()
+            table = _read_arrow(path, data, bounds)
+            table.slice(0, 1).take([0] * min(table.num_rows, 1))  # refuses a type whose rows cannot be picked
+            return table
         return read_csv(path, bytes(data), kind)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: the file is damaged or not {kind[1:]} ({reason_of(error)}); write it again") from error
+
+
+def _read_arrow(path: Path, data: bytes | mmap.mmap, bounds: Bounds) -> pa.Table:
+    """Read an Arrow file, or a stream; compressed buffers say how large they are before they are unpacked."""
+    import pyarrow as pa
+
+    source = pa.BufferReader(data) if isinstance(data, bytes) else pa.memory_map(str(path))
+    is_file = data[:6] == b"ARROW1"
+    source.seek(8 if is_file else 0)
+    size = 0
+    for message in pa.ipc.MessageReader.open_stream(source):
+        size += arrow_unpacked(message)
+        bounds.check_unpacked(size, path)
+    source.seek(0)
+    return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
+
+
+def _refuse_repeated(names: Sequence[str], where: str) -> None:
+    """Refuse columns of one name.
+
+    Raises:
+        DataError: naming the first.
+    """
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise DataError(f"{where}: the column '{name}' is there {count} times; rename or remove all but one")
 
 
 def _unpacked(facts: FileMetaData) -> int:

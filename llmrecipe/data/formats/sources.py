@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 
 from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import DataError, did_you_mean
-from llmrecipe.core.foreign import reading
+from llmrecipe.core.foreign import parse_json, reading
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.file_content import EXTENSIONS, is_data_file, suffix_kind
@@ -237,6 +238,12 @@ def place(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir() or path.is_file():
         return path
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"data.path: {name}: a link to {os.readlink(path)}, which does not exist or is a link to itself")
+    if path.exists():
+        raise DataError(
+            f"data.path: {name}: a pipe or device, not a file; rows are read more than once, so write them to a file first"
+        )
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"data.path: {name}: no such file or folder{_near_file(path)}")
     return None
@@ -324,6 +331,10 @@ def _open_saved(folder: Path, split: str, alone: bool) -> Reader | None:
     from datasets import DatasetDict, load_from_disk
 
     with reading(f"data.path: {folder}", "write it again with save_to_disk", DataError):
+        for state in (folder / "state.json", *folder.glob("*/state.json")):
+            for file in parse_json(state.read_bytes())["_data_files"] if state.is_file() else ():
+                if not (state.parent / str(file["filename"])).resolve().is_relative_to(folder.resolve()):
+                    raise DataError(f"{state}: '{file['filename']}' is outside of its folder; only files in it are read")
         data = load_from_disk(str(folder))
     if not isinstance(data, DatasetDict):
         return DatasetReader(str(folder), data) if split == "train" or alone else None

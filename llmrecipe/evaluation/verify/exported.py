@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmrecipe.core.errors import ProofError, RunError
+from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.evaluation.verify.verification import Measured
 from llmrecipe.interop.export_options import OPTIONS_FILE, ExportOptions
 from llmrecipe.interop.export_run import export_run
@@ -64,10 +64,10 @@ def export_again(folder: Path, run: str, out: Path) -> None:
     if (folder / OPTIONS_FILE).is_file():
         options = ExportOptions.read(folder)
     elif is_adapter(str(folder)):
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "adapter_config.json")
         options = ExportOptions("peft" if "peft_type" in config else "adapter_hub")
     else:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
+        kind = read_json(folder / "config.json").get("dtype") or "auto"
         to = "sentence_transformers" if (folder / PIPELINE[0]).is_file() else "merged"
         options = ExportOptions(to, str(kind).removeprefix("torch."))
     export_run(run, options, out)
@@ -117,7 +117,7 @@ def tensors_in(folder: Path) -> Iterator[tuple[str, tuple[Tensor, str]]]:
     for path in sorted(folder.rglob("*.safetensors")):
         inside = path.parent.relative_to(folder).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
-        with safe_open(str(path), framework="pt") as file:
+        with reading(str(path), "export the run again"), safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 yield f"{prefix}{name}", (file.get_tensor(name), str(file.get_slice(name).get_dtype()))
 
@@ -129,7 +129,7 @@ def compare_template(wanted: Path, found: Path) -> Measured:
         ProofError: they differ.
     """
     text = "golden prompt and answer of the folder = those of its run"
-    golden = [json.loads((f / GOLDEN_FILE).read_text(encoding="utf-8")) for f in (wanted, found) if (f / GOLDEN_FILE).is_file()]
+    golden = [read_json(f / GOLDEN_FILE) for f in (wanted, found) if (f / GOLDEN_FILE).is_file()]
     golden_facts: list[Any] = [{k: v for k, v in one.items() if k != "prompt"} for one in golden]
     if len(golden_facts) == 2 and golden_facts[0] != golden_facts[1]:
         key = next(k for k in golden_facts[0] if golden_facts[0][k] != golden_facts[1].get(k))

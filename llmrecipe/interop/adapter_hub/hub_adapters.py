@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.foreign import parse_json, read_json, reading
 from llmrecipe.interop.adapter_hub.hub_layout import hub_place
 from llmrecipe.methods.additive._engines.bottleneck import Bottleneck, Sublayer
 from llmrecipe.methods.additive.adapter import Adapter
@@ -67,10 +68,10 @@ FIXED: dict[str, Any] = {
 def is_hub(folder: str | Path) -> bool:
     """Return whether an adapter folder has this layout."""
     try:
-        config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_json((Path(folder) / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return False
-    return "peft_type" not in config and isinstance(config.get("config"), dict)
+    return isinstance(config, dict) and "peft_type" not in config and isinstance(config.get("config"), dict)
 
 
 def homes(model: nn.Module, wrapper: Adapter | ParallelAdapter) -> list[tuple[Sublayer, str, str]]:
@@ -221,11 +222,12 @@ def read_hub_adapter(folder: Path, model: nn.Module) -> Layer:
     Raises:
         ModelError: its configuration has no counterpart here, or it does not fit the model.
     """
-    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config, name = saved["config"], saved["name"]
+    saved = read_json(folder / CONFIG_FILE, "", "save the adapter again", ModelError)
+    with reading(str(folder / CONFIG_FILE), "save the adapter again", ModelError):
+        config, name = dict(saved["config"]), str(saved["name"])
     if not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: it has no {WEIGHTS_FILE}; save it with use_safetensors=True")
-    tensors = load_file(str(folder / WEIGHTS_FILE))
+    tensors = _tensors(folder / WEIGHTS_FILE)
     options = _options(config, str(folder))
     every: Any = build_wrapper(options["kind"], options)
     found: dict[str, Tensor] = {}
@@ -248,8 +250,13 @@ def read_hub_adapter(folder: Path, model: nn.Module) -> Layer:
         options["side"] = next(iter(sides))
     options["sizes"] = {str(layer): sizes.get(layer, 0) for layer in sorted(layers)}
     if (folder / HEAD_FILE).is_file():
-        found |= load_file(str(folder / HEAD_FILE))
+        found |= _tensors(folder / HEAD_FILE)
     return Layer({options["kind"]: options}, {}, tensors=found)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with reading(str(path), "save or download the adapter again", ModelError):
+        return load_file(str(path))
 
 
 def _options(config: dict[str, Any], where: str) -> dict[str, Any]:

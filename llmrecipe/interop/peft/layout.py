@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.models.anatomy import Anatomy
 from llmrecipe.models.site import Site
 
@@ -235,10 +236,7 @@ def read_adapter_folder(folder: Path) -> Adapter:
     Raises:
         ModelError: a file is missing, damaged, or holds pickled weights.
     """
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {CONFIG_FILE} cannot be read: {error}") from error
+    config = read_json(folder / CONFIG_FILE, "", "save the adapter again", ModelError)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -246,12 +244,8 @@ def read_adapter_folder(folder: Path) -> Adapter:
             "its weights are pickled (adapter_model.bin); save them as safetensors" if pickled else f"it has no {WEIGHTS_FILE}"
         )
         raise ModelError(f"{folder}: {why}")
-    try:
+    with reading(str(weights), "save or download the adapter again", ModelError):
         return Adapter(config, load_file(str(weights)))
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ModelError(f"{weights}: damaged: {error}") from error
-        raise
 
 
 def target_of(sites: list[Site], parts: Anatomy) -> str:

@@ -5,13 +5,13 @@ A trial is on the front when no other is at least as good in score and in every 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.models.checkpoint_path import DELTA_FILE
 from llmrecipe.models.weight_headers import read_header
 from llmrecipe.pipelines.search.trial import Trial
@@ -50,11 +50,14 @@ def _left(folder: Path) -> int:
     """Return how many numbers a run leaves."""
     delta = folder / "final" / DELTA_FILE
     if delta.is_file():
-        return sum(math.prod(tensor["shape"]) for tensor in read_header(delta).values())
+        with reading(str(delta), "train the trial again"):
+            return sum(math.prod(tensor["shape"]) for tensor in read_header(delta).values())
     report = folder / "report.json"
     if not report.is_file():
         raise RunError(f"search.against: {folder} has no report of what trained")
-    return int(json.loads(report.read_text(encoding="utf-8"))["trained"]["parameters"])
+    found = read_json(report)
+    with reading(str(report), "train the trial again"):
+        return int(found["trained"]["parameters"])
 
 
 def within_limits(trials: Sequence[Trial], limits: Mapping[Any, float]) -> list[Trial]:

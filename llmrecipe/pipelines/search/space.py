@@ -129,6 +129,8 @@ def _values(value: list[Any] | RangeSection) -> list[Any]:
         return list(value)
     step = value.step or 1
     count = math.floor((value.high - value.low) / step + 1e-9) + 1
+    if count > MOST:
+        raise RecipeError(f"search.space: a range has {count:,} values; at most {MOST:,} are tried, so give a larger step")
     return [value.low + k * step for k in range(count)]
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.apart import apart
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.foreign import parse_json, reading
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.data.formats.sources import has_split
@@ -300,16 +301,21 @@ class Search:
         path = self.folder / "trials.jsonl"
         if not path.is_file():
             return []
-        text = path.read_text(encoding="utf-8")
+        with reading(str(path), "choose another run.dir, or delete the folder"):
+            text = path.read_text(encoding="utf-8")
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         if "".join(lines) != text:
             write_text(path, "".join(lines))
-        if lines and json.loads(lines[0]) != self._head():
-            raise RunError(
-                f"{self.folder} holds a search of another space, recipe, data or plugin; choose another run.dir, or delete it"
-            )
-        found = [json.loads(line) for line in lines[1:]]
-        return [Trial(**{**entry, **self._current(entry)}) for entry in found]
+        remedy = "choose another run.dir, or delete the folder"
+        trials = []
+        for number, line in enumerate(lines, 1):
+            with reading(f"{path}:{number}: this trial of the search is damaged", remedy):
+                entry = parse_json(line)
+                if number > 1:
+                    trials.append(Trial(**{**entry, **self._current(entry)}))
+            if number == 1 and entry != self._head():
+                raise RunError(f"{self.folder} holds a search of another space, recipe, data or plugin; {remedy}")
+        return trials
 
     def _current(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return the point of an earlier trial in the words of the space, and its reports by step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.console import number
+from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import read_json
 from llmrecipe.core.score_intervals import LEVEL
 from llmrecipe.runs.report.series import TRAIN, MetricCurves, Series, evaluated_name
@@ -108,8 +108,8 @@ def _kept_judge(path: Path) -> dict[str, Any]:
     for folder in ("checkpoints", BEST):
         for file in sorted((path / folder).glob("step-*/judge.json"), reverse=True):
             # A running training deletes old checkpoints at any time.
-            with contextlib.suppress(OSError, ValueError):
-                return dict(json.loads(file.read_text(encoding="utf-8")))
+            with contextlib.suppress(RunError):
+                return read_json(file)
     return {}
 
 

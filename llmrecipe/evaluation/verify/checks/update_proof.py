@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import ClassVar
 
+from llmrecipe.core.foreign import read_json
 from llmrecipe.core.registry import register
 from llmrecipe.evaluation.verify.bench import Bench
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
@@ -23,7 +23,7 @@ class UpdateProof(Verification):
             NotApplicable: no trained tensor moved, since there was nothing to learn from the first update.
         """
         path = bench.run.dir.path / "report.json"
-        proved = json.loads(path.read_text(encoding="utf-8"))["proved"]
+        proved = read_json(path)["proved"]
         frozen, trained, keys = proved["frozen"], proved["trained"], proved["keys"]
         text = (
             f"{frozen['unchanged']} of {frozen['tensors']} frozen tensors unchanged, {trained['changed']} of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.foreign import read_json
 from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import options
 from llmrecipe.data.collate import Batch
@@ -106,5 +106,5 @@ def kept_pooling(run: Path) -> str | None:
     """Return how a finished run pools for its head; None where the head is that of the family, or none."""
     if not (run / task_heads.POOLING_FILE).is_file():
         return None
-    kept = json.loads((run / task_heads.POOLING_FILE).read_text(encoding="utf-8"))
-    return next((name for name, kind in POOLS.items() if kept["pool"] == kind and kept.get("head") == HEAD), None)
+    kept = read_json(run / task_heads.POOLING_FILE, "model.path", "copy the run again")
+    return next((name for name, kind in POOLS.items() if kept.get("pool") == kind and kept.get("head") == HEAD), None)
