@@ -120,6 +120,12 @@ def run_command(arguments: list[str]) -> int:
         return 0
     except Exception as error:
         return _other(error, arguments)
+    except BaseException as error:
+        panicked = as_user_error(error)
+        if panicked is None:
+            raise
+        complain(str(panicked))
+        return panicked.exit_code
 
 
 def _say(line: str) -> None:

@@ -38,6 +38,11 @@ def reason_of(error: BaseException) -> str:
     return shortened(text, REASON) if text else type(error).__name__
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library written in Rust has given up: its class is no `Exception`, and no module exports it."""
+    return type(error).__name__ == "PanicException"
+
+
 @contextlib.contextmanager
 def reading(what: str, remedy: str = "", error: type[UserError] = RunError) -> Iterator[None]:
     """Turn every error of foreign code into `WHAT: REASON; REMEDY`; errors of this project pass unchanged.
@@ -54,7 +59,9 @@ def reading(what: str, remedy: str = "", error: type[UserError] = RunError) -> I
         yield
     except (LlmRecipeError, MemoryError):
         raise
-    except Exception as foreign:  # libraries raise dozens of unrelated classes for a damaged file
+    except BaseException as foreign:  # libraries raise dozens of unrelated classes for a damaged file
+        if not isinstance(foreign, Exception) and not is_panic(foreign):
+            raise
         raise error(f"{what}: {reason_of(foreign)}{f'; {remedy}' if remedy else ''}") from foreign
 
 
@@ -137,6 +144,11 @@ def read_json(path: Path, what: str = "", remedy: str = "", error: type[UserErro
 
 def as_user_error(error: BaseException) -> UserError | None:
     """Return what a user can do about an error of the system that no boundary has named, or None for any other error."""
+    if is_panic(error):
+        return RunError(
+            f"a library gave up on what it was given: {reason_of(error)}; a tokenizer.json or a file of tensors that somebody "
+            "has changed is the usual reason: download or save it again"
+        )
     text = str(error).lower()
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in NO_MEMORY)):
         return RunError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.core.foreign import is_panic
 from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.models import vocabulary
 from llmrecipe.models.checkpoint_path import locate, offline, shown_reading, unreachable
@@ -362,7 +363,11 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
                     else {"revision": None if tokenizer.path else model.revision, "local_files_only": reason is not None}
                 ),
             )
-    except Exception as error:  # tokenizers raises plain Exception, and its readers whatever a damaged file leads to
+            # Some damage shows only when a text is encoded.
+            found.encode("a b")
+    except BaseException as error:  # tokenizers raises plain Exception, panics, or whatever a damaged file leads to
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"tokenizer.path: the tokenizer of {path} comes with its own Python code, which is not run unless you opt in; "

@@ -13,8 +13,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from llmrecipe.core.errors import UserError
+from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.core.file_hashes import digest
+from llmrecipe.core.foreign import reading
 from llmrecipe.interop.adapter_hub.hub_adapters import read_hub_adapter
 from llmrecipe.interop.peft.layout import read_adapter_folder
 from llmrecipe.interop.verify_logits import adapter_head
@@ -181,3 +182,41 @@ def test_a_stored_stack_with_odd_values_is_one_message(key: str, value: object, 
     with pytest.raises(UserError) as found:
         opened()
     assert "stack.yaml" in str(found.value) and len(str(found.value)) < len(str(final)) + 600
+
+
+PANICS: dict[str, dict[str, Any]] = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA////"},
+    "post_processor": {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[NO]", "type_id": 0}}], "pair": [],
+        "special_tokens": {},
+    },
+}  # fmt: skip
+"""Parts of a tokenizer.json on which its library panics: no `Exception` is raised."""
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_a_library_that_panics_is_one_message(part: str, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "folder")
+    path = tmp_path / "folder" / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: PANICS[part]}))
+    with pytest.raises(ModelError, match=r"tokenizer.path: .*folder: cannot read its tokenizer: "):
+        load_tokenizer(tmp_path / "folder")
+
+
+def test_a_panic_is_no_bug_of_this_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmrecipe.cli import app
+
+    class PanicException(BaseException):
+        pass
+
+    def panic() -> None:
+        raise PanicException("retry-limit-in-match over")
+
+    monkeypatch.setattr(app, "build_app", panic)
+    assert app.run_command(["list"]) == 2
+    err = capsys.readouterr().err
+    assert "a library gave up on what it was given: retry-limit-in-match over; a tokenizer.json" in err
+    with pytest.raises(UserError, match="x: retry-limit"), reading("x"):
+        panic()
+    with pytest.raises(KeyboardInterrupt), reading("x"):
+        raise KeyboardInterrupt
