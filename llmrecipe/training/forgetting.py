@@ -86,7 +86,7 @@ def score_after(run: RunState) -> dict[str, float]:
     if not sets or not kept.is_file():
         return {}
     with reading(str(kept), "delete it, and continue with eval.forgetting={}"):
-        before = {name: np.array(sums, dtype=float).reshape(-1, 2) for name, sums in read_json(kept).items()}
+        before = {name: np.array(sums) for name, sums in read_json(kept).items()}
     after = {name: np.array(row_losses(run, rows)) for name, rows in sets.items()}
     changed = [n for n, sums in after.items() if n not in before or not np.array_equal(before[n][:, 1], sums[:, 1])]
     if changed:

@@ -316,8 +316,7 @@ def test_a_long_cell_and_many_columns_are_read(tmp_path: Path) -> None:
         read_whole(tmp_path / "b.csv")
     assert time.process_time() - started < 5.0, "each name is counted once"
     (tmp_path / "c.csv").write_text("a," + "b" * 200_000 + "\n1,2\n")
-    with pytest.raises(DataError, match=r"c.csv: the file is damaged or not csv \(field larger"):
-        read_whole(tmp_path / "c.csv")
+    assert read_whole(tmp_path / "c.csv") == [{"a": 1, "b" * 200_000: 2}]
 
 
 def test_pictures(tmp_path: Path) -> None:
