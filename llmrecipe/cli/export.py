@@ -29,6 +29,9 @@ def verb(
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One rank and scale for servers that ignore patterns (vLLM).")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="OWNER/NAME", help="Hub id of the base model, where the run knows a folder.")
+    ] = None,
     bound: Annotated[
         float | None,
         typer.Option("--bound", min=0.0, help="Largest logit difference that passes, as a share of the largest logit."),
@@ -69,6 +72,10 @@ def verb(
     ):
         if value not in allowed:
             raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+    if base is not None:
+        from llmrecipe.interop.export_card import check_hub_id
+
+        check_hub_id("--base", base)
     rights, more = _words(words or [])
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
         open_plugins_of(name)
@@ -77,7 +84,7 @@ def verb(
     for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
         finished(name)
     others = {str(Path(path).resolve()): share for path, share in map(_weighted, add or [])}
-    options = ExportOptions(to, dtype, rank, as_ == "lora", uniform, weight, others, config)
+    options = ExportOptions(to, dtype, rank, as_ == "lora", uniform, base, weight, others, config)
     from llmrecipe.interop.export_run import export_run
 
     with lasting(f"exporting {run}"):

@@ -25,6 +25,8 @@ class ExportOptions:
     rank: int | None = None
     as_lora: bool = False
     uniform: bool = False
+    base: str | None = None
+    """Hub id of the base model that the written folder names; None names it as the run does."""
     weight: float = 1.0
     add: Mapping[str, float] = field(default_factory=dict)
     """Run or PEFT folder -> its weight in a combination."""

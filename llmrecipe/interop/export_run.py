@@ -8,6 +8,7 @@ from typing import Any
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RunError, UserError
+from llmrecipe.interop.export_card import name_base, write_card
 from llmrecipe.interop.export_options import FORMATS, ExportOptions
 from llmrecipe.interop.merge_adapters import open_combination
 from llmrecipe.interop.merged import Exported, export_merged
@@ -47,6 +48,8 @@ def export_run(
     else:
         raise RunError(f"there is no format '{options.to}' (allowed: {', '.join(FORMATS)})")
     options.write(done.path)
+    done.notes.extend(name_base(done.path, options.base))
+    write_card(done.path, str(run), options)
     return done
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from llmrecipe.core.console import lasting, say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.formats.sources import paths_of
 from llmrecipe.data.overlap import shared_rows
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.models import task_heads
@@ -340,11 +341,7 @@ def write_final(run: RunState, metrics: dict[str, Any], documents: dict[str, dic
         if run.data.reader is not None:
             run.data.reader.save(aside)
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        rows = f"{run.recipe.data.path} ({len(run.data):,} rows)"
-        about = model_card.model_card(
-            run.composition.name, run.loaded.section.path, run.objective, run.stack, run.model, rows, metrics
-        )
-        (aside / "README.md").write_text(about, encoding="utf-8")
+        (aside / "README.md").write_text(model_card.model_card(_card_facts(run, metrics)), encoding="utf-8")
         identity = {name: value for name, value in run_identity.kept(run).items() if name != "run"}
         (aside / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
         for name, content in (run.objective.documents(run.roles) | documents).items():
@@ -356,6 +353,22 @@ def write_final(run: RunState, metrics: dict[str, Any], documents: dict[str, dic
     except OSError as error:
         raise RunError(f"cannot write {final}: {error.strerror or error}; the last checkpoint is intact") from error
     return final
+
+
+def _card_facts(run: RunState, metrics: dict[str, Any]) -> model_card.CardFacts:
+    """Return what the card of a run says."""
+    return model_card.CardFacts(
+        name=run.composition.name,
+        base=run.loaded.section.path,
+        objective=delta.kind_name(run.objective),
+        methods=[(w.name, delta.kind_name(w)) for w in run.stack],
+        trained=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in run.model.parameters()),
+        data=list(paths_of(run.recipe.data)),
+        rows=len(run.data),
+        metrics=metrics,
+        head=run.loaded.head,
+    )
 
 
 def save_whole(run: RunState, folder: Path) -> None:

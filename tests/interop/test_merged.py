@@ -220,6 +220,8 @@ def test_the_verb_proves_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert command(["export", str(tmp_path / "run"), "--to", "merged", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["largest"] <= facts["bound"] * facts["scale"]
+    card = (Path(facts["path"]) / "README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers" in card and "pipeline('text-generation', model='FOLDER')" in card
     assert command(["export", str(tmp_path / "run"), "--to", "merge"]) == 2
     assert "did you mean 'merged'" in capsys.readouterr().err
     assert command(["export", str(tmp_path / "run"), "--to", "peft", "--rank", "2"]) == 2
