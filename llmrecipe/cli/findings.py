@@ -30,7 +30,7 @@ def show_findings(found: Findings) -> None:
         for row in found.groups:
             table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
         out.print(table)
-    out.print("memory (MB): " + ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items()))
+    out.print(f"memory (MB): {memory_text(found)}")
     out.print("memory of a device (MB) when N devices divide the training (runtime.shard):")
     table = Table(*found.devices_mb[0], box=None, header_style="bold")
     for row in found.devices_mb:
@@ -45,3 +45,13 @@ def show_findings(found: Findings) -> None:
         out.print(f"warning: {warning}")
     for note in found.notes:
         out.print(f"note: {note}")
+
+
+def memory_text(found: Findings) -> str:
+    """Return the parts of the memory in MB; without a pass that could be followed, what it keeps is unknown."""
+    sizes = dict(found.memory_mb)
+    if not found.memory.unpredicted:
+        return ", ".join(f"{name} {size:g}" for name, size in sizes.items())
+    known = {name: size for name, size in sizes.items() if name not in ("activations", "logits", "total")}
+    parts = ", ".join(f"{name} {size:g}" for name, size in known.items())
+    return f"{parts}, activations unknown, logits unknown, total at least {sum(known.values()):g}"

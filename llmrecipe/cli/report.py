@@ -34,7 +34,7 @@ def verb(
     from llmrecipe.runs.run_record import read_run
 
     target = out or run / "report.html"
-    files = {target: run_page(run)}
+    files = {target: run_page(run, predicted=_predicted(run))}
     if card is not None:
         from llmrecipe.runs.report.card import report_card
 
@@ -72,3 +72,19 @@ def _serve(run: Path, out: Path | None, port: int, as_json: bool) -> None:
             print(f"report: {server.address} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def _predicted(run: Path) -> dict[str, int]:
+    """Return the bytes that `check` predicts for a run; nothing where it counted none, or where its data or base are gone."""
+    from llmrecipe.core.errors import UserError
+    from llmrecipe.core.foreign import read_json
+
+    report = run / "report.json"
+    if not report.is_file() or "memory" not in read_json(report, "a part of the report cannot be read"):
+        return {}
+    from llmrecipe.training.dry_run import predict_memory
+
+    try:
+        return predict_memory(run).predicted()
+    except UserError:
+        return {}

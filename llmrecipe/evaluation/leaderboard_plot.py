@@ -70,6 +70,28 @@ def _panel(axis: Axes, rows: Sequence[LeaderboardRow], x: Column, y: Column, lin
         axis.legend(fontsize=8, loc="best")
 
 
+def draw_parts(rows: Sequence[LeaderboardRow], parts: Sequence[Column], path: Path) -> None:
+    """Draw one bar for each row with a run, divided into the given columns, the largest bar at the top.
+
+    Raises:
+        RunError: matplotlib is not installed, or the file cannot be written.
+    """
+    ordered = sorted((row for row in rows if row.seeds), key=lambda row: sum(row.mean[c.key] for c in parts))
+    figure = new_figure(9, 1.2 + 0.34 * len(ordered), "plot: false leaves the picture out")
+    axis = figure.add_subplot()
+    try:
+        left = [0.0] * len(ordered)
+        for colour, column in zip(COLOURS, parts, strict=False):
+            widths = [row.mean[column.key] * column.scale for row in ordered]
+            axis.barh([row.label for row in ordered], widths, left=left, color=colour, label=column.title.removesuffix(" MB"))
+            left = [before + width for before, width in zip(left, widths, strict=True)]
+        axis.set_xlabel("MB")
+        axis.legend(fontsize=8, loc="best")
+        figure.savefig(path, dpi=110)
+    except (ValueError, OSError) as error:
+        raise RunError(f"plot: cannot write {path}: {error}") from error
+
+
 def _label(axis: Axes, points: list[tuple[str, float, float]]) -> None:
     """Draw names to the right of their points, moved down where they would overlap another one."""
     axis.autoscale_view()

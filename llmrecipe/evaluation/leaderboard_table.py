@@ -61,6 +61,16 @@ REQUESTED = (
     Column("kl", "KL", means="nats of an answer, from the model it started from", spread=True),
     Column("length", "tokens", means="mean length of its answers", spread=True),
 )
+PARTS = {
+    "weights": "weights and buffers as they are stored",
+    "gradients": "gradients of what trains",
+    "optimizer": "the optimizer's state",
+    "activations": "kept for the backward pass of the largest micro-batch",
+    "logits": "of what is kept, tensors of the width of the vocabulary",
+}
+"""Parts of a run's memory that are counted in tensors."""
+MEMORY = "memory/"
+"""How the columns of the parts begin."""
 PLAIN = (
     Column("trained", "trained", means="parameters that train"),
     Column("share", "% of all", 100.0, "of all parameters"),
@@ -102,6 +112,13 @@ class LeaderboardRow:
     """Sample standard deviation over seeds; None for a single one."""
 
 
+def memory_column(name: str) -> Column:
+    """Return the column of a part of the memory."""
+    part = name.removeprefix(MEMORY)
+    means = {**PARTS, "held": "sum of these parts", "peak": "most memory of the process besides what is no tensor"}
+    return Column(name, f"{part} MB", 2.0**-20, means=means.get(part, ""))
+
+
 def read_entries(
     paths: Sequence[str],
     metric: str | None,
@@ -137,7 +154,8 @@ def read_entries(
         if metric is not None:
             facts |= {"score": _score(record, metric, where), **_ends(record, metric, "score")}
         for name in more:
-            facts |= {name: _score(record, name, "columns"), **_ends(record, name, name)}
+            if name not in facts:
+                facts |= {name: _score(record, name, "columns"), **_ends(record, name, name)}
         if tuned is not None:
             facts |= {"tuned": flat(record.recipe)[tuned.key], "by": _score(record, tuned.by, "by")}
         entries.append(LeaderboardEntry(label, family, int(record.recipe.get("seed", 0)), facts))
@@ -251,12 +269,16 @@ def cost_facts(record: Record) -> dict[str, float]:
     stored = [delta] if delta.is_file() else sorted((final / "model").glob("*.safetensors"))
     with reading(str(place), "train the run again"):
         trained, every = float(report["trained"]["parameters"]), float(report["parameters"])
+        parts = {name: float(size) for name, size in report.get("memory", {}).items()}
+        if parts:
+            parts["held"] = sum(parts[name] for name in PARTS)
     return {
         "trained": trained,
         "share": trained / every,
         "stored": float(sum(file.stat().st_size for file in stored)),
         "memory": max((v for _, v in record.curve("peak_mem_mb")), default=0.0),
         "seconds": seconds_of(record.steps),
+        **{f"{MEMORY}{name}": size for name, size in parts.items()},
     }
 
 

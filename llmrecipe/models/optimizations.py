@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -44,8 +44,18 @@ ROUNDING = 2.0**-7
 """The same where the weights are of lower precision: one unit in the last place of bfloat16."""
 
 
-def speed_up(model: nn.Module) -> list[str]:
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal up to rounding in their own precision."""
+    limit = TOLERANCE if a.dtype in (torch.float32, torch.float64) else ROUNDING
+    scale = b.float().abs().max().clamp_min(1e-6)
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a.float() - b.float()).abs().max() <= limit * scale)
+
+
+def speed_up(model: nn.Module, equal: Callable[[Tensor, Tensor], bool] = same) -> list[str]:
     """Install every optimization that is exact on this model; call it once the stack is attached.
+
+    Args:
+        equal: compares what the model computes with and without one.
 
     Returns:
         One line for each installed optimization, for the start of a run.
@@ -53,13 +63,13 @@ def speed_up(model: nn.Module) -> list[str]:
     if any(p.is_meta for p in model.parameters()):
         return []
     done: list[str] = []
-    norms = [m for m in model.modules() if _plain_norm(m)]
+    norms = [m for m in model.modules() if _plain_norm(m, equal)]
     if norms:
         for module in norms:
             slot = "_inner_forward" if "_inner_forward" in module.__dict__ else "forward"
             object.__setattr__(module, slot, types.MethodType(_norm_forward, module))
         done.append(f"{len(norms)} root-mean-square norms in one call each")
-    rows = _read_rows(model)
+    rows = _read_rows(model, equal)
     if rows:
         done.append(f"last block: {', '.join(rows)} only where a state is used")
     return done
@@ -103,14 +113,14 @@ def ready_to_compile(device: torch.device) -> None:
 # --- unused rows -----------------------------------------------------------------------------------------------------
 
 
-def _read_rows(model: nn.Module) -> list[str]:
+def _read_rows(model: nn.Module, equal: Callable[[Tensor, Tensor], bool]) -> list[str]:
     """Make the last block skip unused rows; return the roles that do."""
     found = _row_modules(model)
     for _, module in found:
         if BELOW_OUTERMOST not in module.__dict__:
             object.__setattr__(module, BELOW_OUTERMOST, module.__dict__.get("forward"))
             module.forward = types.MethodType(_read_rows_forward, module)
-    if found and not _same_where_read(model):
+    if found and not _same_where_read(model, equal):
         for _, module in found:
             kept = module.__dict__.pop(BELOW_OUTERMOST)
             module.__dict__.pop("forward")
@@ -162,7 +172,7 @@ def _rowwise(hook: Hook) -> bool:
 
 
 @torch.no_grad()
-def _same_where_read(model: nn.Module) -> bool:
+def _same_where_read(model: nn.Module, equal: Callable[[Tensor, Tensor], bool]) -> bool:
     """Return whether a short pass gives the same final states with and without skipping, at the rows that are used."""
     device = next(model.parameters()).device
     embedding = input_embedding(pretrained(model))
@@ -179,7 +189,7 @@ def _same_where_read(model: nn.Module) -> bool:
             with activate(dataclasses.replace(Context(), positions=positions, read=rows)):
                 out = backbone_of(model)(input_ids=ids, position_ids=positions + getattr(model, "position_offset", 0))
             states.append(out.last_hidden_state[0, read])
-        return same(*states)
+        return equal(*states)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
         return False
     finally:
@@ -201,7 +211,7 @@ def _norm_forward(self: _Norm, hidden_states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _plain_norm(module: nn.Module) -> bool:
+def _plain_norm(module: nn.Module, equal: Callable[[Tensor, Tensor], bool]) -> bool:
     """Return whether a module below its hooks is w * x / sqrt(mean(x^2) + eps) and nothing else, tested on seeded rows."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
@@ -219,13 +229,6 @@ def _plain_norm(module: nn.Module) -> bool:
     seeded = torch.Generator().manual_seed(0)
     x = (torch.randn(1, 5, weight.shape[0], generator=seeded) * 3).to(weight)
     try:
-        return same(type(module).forward(module, x), F.rms_norm(x, weight.shape, weight, eps))
+        return equal(type(module).forward(module, x), F.rms_norm(x, weight.shape, weight, eps))
     except (TypeError, ValueError, RuntimeError):
         return False
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal up to rounding in their own precision."""
-    limit = TOLERANCE if a.dtype in (torch.float32, torch.float64) else ROUNDING
-    scale = b.float().abs().max().clamp_min(1e-6)
-    return a.shape == b.shape and a.dtype == b.dtype and bool((a.float() - b.float()).abs().max() <= limit * scale)

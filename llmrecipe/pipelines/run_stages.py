@@ -192,7 +192,7 @@ def check_stages(made: Plan) -> dict[str, Findings | StepComposition]:
                     composition.build(where).check(where)
                     found[name] = composition
                 else:
-                    found[name] = examine(composition)
+                    found[name] = examine(composition, follow=False)
                     found[name].notes.extend(examples.notes(made[name]))
             except UserError as error:
                 text = str(error).removeprefix(f"{where}: ")

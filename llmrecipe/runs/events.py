@@ -6,6 +6,7 @@
     {"event": "save", "step": 200, "path": "checkpoints/step-000200"}
     {"event": "warning", "step": 7, "message": "..."}
     {"event": "check", "step": 0, "loss": 0.6931, "loss/wanted": 0.6931, ...}
+    {"event": "memory", "step": 1, "weights": 7881856, "weights/predicted": 7881856, ...}
 
 Lines are flushed one by one. A checkpoint records how many lines there were before it; a resumed run keeps these and no others,
 so that each event occurs once. A damaged line is set aside: readers skip it with a warning, a resumed run moves it to
@@ -34,7 +35,7 @@ DAMAGED = "events.damaged"
 """File of the lines that a resumed run has set aside."""
 TAIL = 1 << 16
 """Bytes from the end of the file that are searched for the last step."""
-KINDS = ("step", "evaluation", "sample", "save", "warning", "check")
+KINDS = ("step", "evaluation", "sample", "save", "warning", "check", "memory")
 
 logger = logging.getLogger("llmrecipe")
 
@@ -105,6 +106,10 @@ class Events:
     def check(self, step: int, **values: object) -> None:
         """Report what was verified or counted before the first step, each measured value with its expected one."""
         self._emit("check", step, values)
+
+    def memory(self, step: int, **parts: int) -> None:
+        """Report the bytes of each part of the memory as the first update had them, with those that formulas give."""
+        self._emit("memory", step, parts)
 
     def expect(self, steps: int) -> None:
         """Set the length, when it is known only later or a new part with its own length begins."""

@@ -48,9 +48,9 @@ class Lines:
 
     def show(self, event: dict[str, Any], replay: bool = False) -> None:
         """See `Display.show`."""
-        if replay:
-            return
         kind, step = event["event"], event["step"]
+        if replay or kind == "memory":
+            return
         if kind == "step":
             now = time.monotonic()
             if now - self.shown < self.seconds and step not in (1, self.steps):

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from llmrecipe.data.prepare import SplitRows
     from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.compose import Composition
-    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.recipe.schema import ModelSection, Recipe
 
 
 def seed_everything(seed: int) -> None:
@@ -213,13 +213,24 @@ def check_objective(objective: Objective, wrappers: list[Any]) -> None:
         raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
 
 
-def on_meta(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, device: str) -> nn.Module:
+def on_meta(
+    recipe: Recipe,
+    objective: Objective,
+    stack: Stack,
+    labels: list[str] | None,
+    device: str,
+    structures: dict[str, Any] | None = None,
+) -> nn.Module:
     """Build the model of a recipe on the meta device, with the stacks below it and its own attached.
+
+    Args:
+        structures: those of a stack that has made its choices.
 
     Raises:
         UserError: the stack does not fit the model.
     """
     base, saved, _ = open_model.resolve_section(recipe.model)
+    base, device = stored_as(base, stack, device)
     tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
     model = skeleton(base, rows_head=objective.model_head(), labels=labels, tokenizer=tokenizer, device=device)
     layers = [*(saved.layers if saved else []), *open_model.imported(base, model)]
@@ -229,7 +240,7 @@ def on_meta(recipe: Recipe, objective: Objective, stack: Stack, labels: list[str
     for index, layer in enumerate(layers):
         delta.mount_layer(model, layer, index)
     objective.prepare_model(model, recipe.seed)
-    stack.attach(model)
+    stack.attach(model, structures)
     return model
 
 
@@ -309,12 +320,7 @@ def open_for(
 ) -> open_model.LoadedModel:
     """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
     logging.disable_progress_bar()
-    section = recipe.model
-    if everything_trains(stack) and all(w.masters for w in stack):
-        # Full training keeps float32 master weights; autocast lowers the precision of the computation.
-        device = "cpu" if section.dtype == "auto" else device
-        if section.dtype in ("bfloat16", "float16"):
-            section = section.model_copy(update={"dtype": "float32"})
+    section, device = stored_as(recipe.model, stack, device)
     model = open_model.open_model(
         section,
         recipe.tokenizer,
@@ -328,6 +334,18 @@ def open_for(
         model.model.new_heads = tuple(n for n in HEAD_MODULES if hasattr(model.model, n))
     prepare_for_training(model.model, recipe.model)
     return model
+
+
+def stored_as(section: ModelSection, stack: Stack, device: str) -> tuple[ModelSection, str]:
+    """Return the section that a model's weights are held by, and the kind of device that decides what its dtype `auto` means.
+
+    Full training keeps float32 master weights; autocast lowers the precision of the computation.
+    """
+    if not (everything_trains(stack) and all(w.masters for w in stack)):
+        return section, device
+    if section.dtype in ("bfloat16", "float16"):
+        return section.model_copy(update={"dtype": "float32"}), device
+    return section, "cpu" if section.dtype == "auto" else device
 
 
 def attach_stack(

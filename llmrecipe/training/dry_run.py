@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,14 @@ from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.reference_policy import needs_snapshot
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import DIVIDED_REFERENCE, Stack, base_parameters, kind_name
+from llmrecipe.models.checkpoint_path import STACK_FILE
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import parameter_groups
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
 from llmrecipe.recipe.validate import instantiate
+from llmrecipe.runs import delta
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_run
@@ -28,6 +31,7 @@ from llmrecipe.training.auxiliary_memory import auxiliary_bytes, copied_bytes
 from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.model_flops import matmul_rate
+from llmrecipe.training.predicted_pass import StackChoices, follow_pass
 from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data
 from llmrecipe.training.shard_estimate import resting, saving, shard_table
 
@@ -56,6 +60,8 @@ class Findings:
     rows: int
     tokens_per_step: int | None
     """None where it cannot be known: rows of a stream have not been read, answers have not been sampled."""
+    memory: Estimate
+    """Bytes of each part."""
     memory_mb: dict[str, float]
     devices_mb: list[dict[str, float]]
     """Megabytes of a device under each value of `runtime.shard`, one row for each number of devices."""
@@ -81,8 +87,31 @@ def check(recipe: str, overrides: list[str]) -> Findings:
     return examine(composition)
 
 
-def examine(composition: Composition) -> Findings:
-    """Build a composed recipe on the meta device; see `check`."""
+def predict_memory(run: Path) -> Estimate:
+    """Return what a finished run was to hold, its stack with the choices it has made.
+
+    Raises:
+        UserError: its data, its base or its recipe are no longer there.
+    """
+    return examine(compose(run / "recipe.yaml"), _choices(run / "final")).memory
+
+
+def _choices(folder: Path) -> StackChoices | None:
+    """Return what the stack of a finished model has chosen from data or weights; None where nothing was stored."""
+    if not (folder / STACK_FILE).is_file():
+        return None
+    layer = delta.read_stack(folder).layers[-1]
+    chosen = {n: s for n, s in layer.structures.items() if delta.build_wrapper(n, layer.wrappers[n]).calibrates()}
+    return StackChoices(chosen, {n: t for n, t in layer.tensors.items() if not t.is_floating_point()})
+
+
+def examine(composition: Composition, made: StackChoices | None = None, follow: bool = True) -> Findings:
+    """Build a composed recipe on the meta device; see `check`.
+
+    Args:
+        made: what a run of this recipe has chosen from data or weights.
+        follow: also find out what a pass keeps, operation by operation.
+    """
     settings = composition.recipe
     parts = instantiate(settings)
     check_sections(settings)
@@ -99,11 +128,11 @@ def examine(composition: Composition) -> Findings:
     build_run.check_chain(settings, parts.wrappers)
     parts.objective.check(settings, data)
     check_monitor(settings, parts.objective, validation, composition.origins)
-    model = build_run.on_meta(settings, parts.objective, stack, labels, device)
+    model = build_run.on_meta(settings, parts.objective, stack, labels, device, made.structures if made else None)
     check_model_fits(settings, parts.objective, data, validation, labels)
     steps = build_run.step_count(settings, len(data), parts.objective.updates())
     parts.schedule.check(steps)
-    later = [w for w in stack if w.calibrates()]
+    later = [w for w in stack if w.calibrates()] if made is None else []
     chosen = sum(w.memory(model).get("trainable", 0) for w in later)
     now = any(p.requires_grad for p in model.parameters())
     groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
@@ -117,10 +146,14 @@ def examine(composition: Composition) -> Findings:
     share = data.report.trained / max(data.report.tokens, 1)
     memory = estimate_memory(
         model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
-        activation_bytes=pretrained(model).dtype.itemsize,
+        activation_bytes=(build_run.autocast_of(settings.model.dtype, stack) or pretrained(model).dtype).itemsize,
         checkpointing=settings.model.gradient_checkpointing,
     )  # fmt: skip
     held, unread = auxiliary_bytes(parts.objective.held_models(settings, build_run.base_is_frozen(stack)), device)
+    if follow:
+        memory = follow_pass(memory, settings, data, labels, device, made)
+    else:
+        memory = replace(memory, unpredicted="stages and trials are not followed through their models")
     copied = needs_snapshot(parts.objective, stack, model, settings.model.continue_)
     memory = replace(memory, auxiliary=held + (copied_bytes(model) if copied else 0))
     total = sum(p.numel() for p in model.parameters())
@@ -140,6 +173,9 @@ def examine(composition: Composition) -> Findings:
         for w in later
     ]
     notes += unread
+    if memory.unpredicted:
+        rough = (memory.activations + memory.logits) / 2**20
+        notes.append(f"memory of the pass is unknown, {memory.unpredicted}; by rough formulas it keeps about {rough:.0f} MB")
     if (warm := settings.batch.warmup) is not None:
         notes.append(f"batches grow from {warm.start} rows to {settings.batch.size} over the first {warm.batches}")
     shard = settings.runtime.shard
@@ -154,7 +190,7 @@ def examine(composition: Composition) -> Findings:
         composition.name, kind_name(parts.objective),
         [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack], stack.written_out(),
         base, total - base, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
-        _megabytes(memory), shard_table(memory, model), delta_bytes(model, stack),
+        memory, _megabytes(memory), shard_table(memory, model), delta_bytes(model, stack),
         None if per_step is None else 6.0 * total * per_step * (steps - plan.saved(steps) / settings.batch.size)
         / matmul_rate(device), data.report.to_dict(), notes,
         warnings,

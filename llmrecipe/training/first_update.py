@@ -22,7 +22,8 @@ from llmrecipe.models.sharded import is_sharded, local
 from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.training import first_step, shard_proof
 from llmrecipe.training.checksum import named_checksums
-from llmrecipe.training.startup_report import record_proof
+from llmrecipe.training.memory_estimate import stored_bytes
+from llmrecipe.training.startup_report import add_to_report, record_proof
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
@@ -51,7 +52,9 @@ class FirstUpdate:
         self.trained = {n for n, p in self.run.model.named_parameters() if p.requires_grad}
         self.before = named_checksums(tensors)
         self.seconds += time.perf_counter() - started
-        return first_step.checked(rule, self.run, micros)
+        counted = self.run.runtime.shard == PLAIN and not self.run.recipe.model.compile
+        with self.run.meter.watch(self.run.model, counted):
+            return first_step.checked(rule, self.run, micros)
 
     def compare(self, result: StepResult) -> None:
         """Compare the tensors with what they were. Call after the update, while gradients exist.
@@ -90,6 +93,7 @@ class FirstUpdate:
         }
         if self.run.runtime.shard != PLAIN:
             self.facts["sharding"] = shard_proof.prove(self.run)
+        self.run.meter.count(self.run.model, self.run.stack, self.run.optimizer)
         self.before.clear()
         self.seconds += time.perf_counter() - started
 
@@ -108,8 +112,20 @@ class FirstUpdate:
         refuse_unread(reads.unread())
         reads.stop()
         self.pending = False
+        self._report_memory()
         self.seconds += time.perf_counter() - started
         record_proof(self.run, {**self.facts, "seconds": round(self.seconds, 4)})
+
+    def _report_memory(self) -> None:
+        """Write what the update held in memory next to what formulas give for the model as it is."""
+        run, meter = self.run, self.run.meter
+        if not meter.parts:
+            return
+        add_to_report(run, "memory", meter.totals())
+        if run.first_step == 0:
+            expected = stored_bytes(run.model, run.stack, run.optim)
+            parts = {k: v for n, size in meter.parts.items() for k, v in ((n, size), (f"{n}/predicted", expected.get(n)))}
+            run.events.memory(step=run.progress.step, **{name: size for name, size in parts.items() if size is not None})
 
     def _anywhere(self, names: list[str]) -> list[str]:
         """Return the names that are in the list of any process, where each compares its own part of the tensors."""

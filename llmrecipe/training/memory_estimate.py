@@ -44,6 +44,8 @@ INPUTS = {
 }  # fmt: skip
 """Role of a linear layer -> which of a block's inputs it reads; sites that read the same one share it."""
 
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary")
+"""Parts of the memory of a training process."""
 SPELT_OUT = ("gelu_new", "gelu_fast", "quick_gelu")
 """Activations that Transformers computes from elementary operations, each of which keeps its own input."""
 
@@ -61,19 +63,33 @@ class Estimate:
     activations: int
     """Kept for the backward pass of one micro-batch."""
     logits: int
-    """One chunk of logits with its float32 copy and gradient, and the states of the scored positions."""
+    """One chunk of logits with its float32 copy and gradient, and the states of the scored positions; where a pass was followed
+    operation by operation, what is kept of the logits."""
+    temporary: int = 0
+    """What a pass makes and frees, at the peak; 0 where no pass was followed."""
     auxiliary: int = 0
     """Weights of other models (teacher, reward model, judge), and a copy of what trains as it was at step 0."""
+    unpredicted: str = ""
+    """Why `activations` and `logits` are rough, by the formulas of this module, and `temporary` unknown; empty where a pass
+    was followed operation by operation, so that they are exact."""
 
     @property
     def total(self) -> int:
         """Return the sum of all bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.auxiliary
+        parts = self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return parts + self.temporary + self.auxiliary
+
+    def predicted(self) -> dict[str, int]:
+        """Return the bytes of the parts that are known, and of the peak, the other models aside, where all of them are."""
+        names = ("weights", "gradients", "optimizer") if self.unpredicted else PARTS
+        parts = {name: getattr(self, name) for name in names}
+        return parts if self.unpredicted else {**parts, "peak": sum(parts.values())}
 
     def rows(self) -> list[tuple[str, int]]:
-        """Return (name, bytes) lines for a table, the total last; auxiliary models where there are some."""
+        """Return (name, bytes) lines for a table, the total last; what a pass frees and other models where there are some."""
         values = asdict(self)
-        names = ["weights", "gradients", "optimizer", "activations", "logits", *(["auxiliary"] if self.auxiliary else [])]
+        names = ["weights", "gradients", "optimizer", "activations", "logits"]
+        names += [name for name in ("temporary", "auxiliary") if values[name]]
         return [*((name, values[name]) for name in names), ("total", self.total)]
 
 
@@ -95,20 +111,31 @@ def estimate_memory(
         activation_bytes: 4 in float32, 2 in bfloat16 and float16.
         checkpointing: `model.gradient_checkpointing`.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    by_rule = stack.rule() is not None
-    if by_rule:
-        state = sum(w.memory(model).get("optimizer_bytes", 0) for w in stack)
-        return Estimate(weight_bytes(model, stack), count, 0, state, 0, logit_bytes(model, targets or tokens, activation_bytes))
+    by_rule, stored = stack.rule() is not None, stored_bytes(model, stack, optimizer)
     return Estimate(
-        weights=weight_bytes(model, stack),
-        trained=count,
-        gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer=sum(optimizer.state_bytes(tuple(p.shape)) for p in trained),
-        activations=activation_elements(model, tokens, checkpointing) * activation_bytes,
+        stored["weights"],
+        gradients=stored["gradients"],
+        optimizer=stored["optimizer"],
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        activations=0 if by_rule else activation_elements(model, tokens, checkpointing) * activation_bytes,
         logits=logit_bytes(model, targets or tokens, activation_bytes),
     )
+
+
+def stored_bytes(model: nn.Module, stack: Stack, optimizer: Optimizer) -> dict[str, int]:
+    """Return the bytes of weights, gradients and optimizer state; the model may be on the meta device.
+
+    An update rule without gradients keeps what it declares itself.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    by_rule = stack.rule() is not None
+    return {
+        "weights": weight_bytes(model, stack),
+        "gradients": 0 if by_rule else sum(p.numel() * p.element_size() for p in trained),
+        "optimizer": sum(w.memory(model).get("optimizer_bytes", 0) for w in stack)
+        if by_rule
+        else sum(optimizer.state_bytes(tuple(p.shape)) for p in trained),
+    }
 
 
 def delta_bytes(model: nn.Module, stack: Stack) -> int:

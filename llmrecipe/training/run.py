@@ -167,7 +167,7 @@ class Run(RunState):
             grad_norm=result.grad_norm,
             tokens=int(total),
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
-            peak_mem_mb=save_run.peak_memory_mb(),
+            peak_mem_mb=self.meter.peak_mb(),
             **self.batch_rows(),
             **self.utilisation(work, seconds),
             **result.metrics,

@@ -24,6 +24,7 @@ from llmrecipe.models.sharded import is_sharded, local
 from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
+from llmrecipe.training.measured_memory import MemoryMeter
 from llmrecipe.training.weight_changes import StartValues
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class RunState:
     """Time of the newest checkpoint, or of the start; in seconds, of this process's clock."""
     save_cost: float = 0.0
     """Seconds that the newest checkpoint took."""
+    meter: MemoryMeter = field(default_factory=MemoryMeter)
+    """What the run holds in memory."""
     flops: ModelFlops | None = None
     """What utilisation is computed from; None where it is not known."""
     start: StartValues | None = None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import resource
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,18 +52,10 @@ from llmrecipe.training.optimizer_state import (
 )
 from llmrecipe.training.read_rows import test_rows
 from llmrecipe.training.resume_rules import goes_on
-from llmrecipe.training.startup_report import record_changes
+from llmrecipe.training.startup_report import add_to_report, record_changes
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
-
-
-def peak_memory_mb() -> float:
-    """Return the peak memory of the device, or of the process on the CPU, in MB."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def save(run: RunState, end: bool = False) -> Path | None:
@@ -282,6 +272,8 @@ def finish(run: RunState) -> None:
     """
     finite_check.check_updated(run)
     finite_check.check_finite(run)
+    if run.meter.parts:
+        add_to_report(run, "memory", run.meter.totals())
     restored = load_best(run)
     run.stack.finish(run.model)
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.best.best_step if restored else run.progress.step}

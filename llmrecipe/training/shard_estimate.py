@@ -37,7 +37,7 @@ def device_bytes(memory: Estimate, gathered: int, devices: int) -> dict[str, int
         gathered: the largest group of parameters that is gathered at one time.
     """
     whole, grads, state = memory.weights, memory.gradients, memory.optimizer
-    held = memory.activations + memory.logits + memory.auxiliary
+    held = memory.activations + memory.logits + memory.temporary + memory.auxiliary
     divided = {
         "none": whole + grads + state,
         "zero1": whole + grads + _part(state, devices),

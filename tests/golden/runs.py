@@ -141,7 +141,8 @@ def _steady(text: str) -> str:
 def _events(path: Path, folder: Path) -> list[dict[str, Any]]:
     text = _steady(path.read_text(encoding="utf-8").replace(str(folder), "RUN"))
     found = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in event.items() if not k.endswith(UNSTEADY)} for event in found]
+    steady = [event for event in found if event["event"] != "memory"]
+    return [{k: v for k, v in event.items() if not k.endswith(UNSTEADY)} for event in steady]
 
 
 def _final(final: Path, folder: Path) -> dict[str, str]:

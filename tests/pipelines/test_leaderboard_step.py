@@ -206,6 +206,31 @@ def test_a_survey_shows_what_has_run_and_leaves_the_rest_empty(
     assert {r["method"]: r["seeds"] for r in whole} == {"ia3": [0], "bitfit": [0]}
 
 
+def test_every_method_has_a_row_of_memory_at_one_task_and_one_budget() -> None:
+    stages = [s for n, s in stages_of("memory_leaderboard").items() if n.startswith("method-")]
+    known = {n for n in registry.names("stack") if registry.spec("stack", n).family != "alignment"}
+    shown = {kind for s in stages for kind in compose(s.what, list(s.words)).recipe.stack}
+    assert shown == known - {"vpt", "esft", "hypertuning"}
+    assert all({"steps=60", 'data.path="builtin:sft"', "objective=sft", 'model.path="tiny"'} < set(s.words) for s in stages)
+
+
+def test_memory_is_compared_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods for two steps: AdamW keeps 8 bytes a trained number and 4 a tensor, MeZO holds the weights alone."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    drop = [f"~stages.method.matrix.method.{n}" for n in plan_names("memory_leaderboard") if n not in ("mezo", "bitfit")]
+    words = ["steps=2", "batch.size=2", "data.limit=6", "data.max_length=64", *drop]
+    board = Path(run_stages.run_all_stages(compose("memory_leaderboard", words))[-1].dir)
+    rows = {r["method"]: r["mean"] for r in json.loads((board / "leaderboard.json").read_text())["rows"]}
+    bitfit, mezo = rows["bitfit"], rows["mezo"]
+    assert bitfit["memory/gradients"] == 4 * bitfit["trained"] and mezo["memory/held"] == mezo["memory/weights"]
+    assert 0 < bitfit["memory/optimizer"] - 8 * bitfit["trained"] < 4 * 100
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    assert bitfit["memory/held"] == sum(bitfit[f"memory/{part}"] for part in parts)
+    assert "| gradients MB |" in (board / "leaderboard.md").read_text()
+    assert (board / "memory.png").read_bytes()[1:4] == b"PNG"
+
+
 @pytest.mark.slow
 def test_both_boards_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods on one board, two objectives on the other: trained, read, asked, and reused as a whole."""

@@ -159,6 +159,21 @@ def test_every_method_of_the_board_learns(place: Path) -> None:
 
 
 @inside
+def test_the_memory_of_methods_follows_their_formulas(place: Path) -> None:
+    """Parts are counted, so they are those of the formulas on any machine: MeZO holds the weights alone."""
+    every = compose("memory_leaderboard").recipe.stages["method"]["matrix"]["method"]
+    some = ("sft", "sft_lora", "nf4", "mezo", "smt", "lora_fa")
+    dropped = [f"~stages.method.matrix.method.{name}" for name in every if name not in some]
+    rows = scores(stages("memory_leaderboard", "stages.board.plot=false", *dropped)["board"])
+    full, held = rows["full"], {name: row["memory/held"] for name, row in rows.items()}
+    assert held["mezo"] == full["memory/weights"] and held["full"] == max(held.values())
+    assert rows["smt"]["memory/gradients"] <= 0.05 * full["memory/gradients"] and held["smt"] < 0.67 * held["full"]
+    assert rows["lora_fa"]["memory/activations"] < rows["lora"]["memory/activations"] < full["memory/activations"]
+    assert rows["nf4+lora"]["memory/weights"] < 0.5 * rows["lora"]["memory/weights"]
+    assert min(rows[name]["score"] for name in ("full", "lora", "nf4+lora")) > rows["mezo"]["score"]
+
+
+@inside
 def test_what_is_done_against_forgetting_keeps_the_old_task(place: Path) -> None:
     """All learn the lists alike; what the conversations of the old task lose is what sets them apart."""
     made = scores(stages("forgetting_leaderboard", "stages.board.plot=false")["board"])

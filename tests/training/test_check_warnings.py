@@ -121,6 +121,7 @@ def test_what_cannot_be_known_is_unknown(recipe: str, words: list[str], capsys: 
     show_findings(found)
     text = capsys.readouterr().out
     assert "unknown tokens a step" in text and "time: unknown" in text
+    assert "activations unknown, logits unknown, total at least" in text and "memory of the pass is unknown, " in text
 
 
 def test_eight_rows_are_not_sixteen(capsys: pytest.CaptureFixture[str]) -> None:

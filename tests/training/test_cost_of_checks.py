@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from llmrecipe.training import first_step, first_update, step_zero_checks, train, unchanged
+from llmrecipe.training.kept_tensors import KeptTensors
+from llmrecipe.training.measured_memory import MemoryMeter
 from tests.trainings import train_recipe
 
 SHARE = 0.01
@@ -57,8 +59,9 @@ def test_a_hundred_steps(recipe: str, tmp_path: Path, monkeypatch: pytest.Monkey
     clock, whole = Clock(monkeypatch), Clock(monkeypatch)
     for owner, name in (
         (first_update, "watched"), (first_update, "named_checksums"), (first_update.FirstUpdate, "compare"),
-        (first_update.FirstUpdate, "finalize"), (first_step, "_check_hooks"), (first_step, "_judge"),
-        (unchanged.UnchangedCheck, "__init__"), (unchanged.UnchangedCheck, "see"), (step_zero_checks, "check_step_zero"),
+        (first_update.FirstUpdate, "finalize"), (first_step, "_check_hooks"), (first_step, "_judge"), (MemoryMeter, "watch"),
+        (KeptTensors, "_add"), (KeptTensors, "_drop"), (unchanged.UnchangedCheck, "__init__"),
+        (unchanged.UnchangedCheck, "see"), (step_zero_checks, "check_step_zero"),
     ):  # fmt: skip
         clock.watch(owner, name)
     whole.watch(train, "loop")

@@ -23,6 +23,7 @@ from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.training.checksum import CHUNK, checksums, integer_view
 from llmrecipe.training.dry_run import check
 from llmrecipe.training.first_update import FirstUpdate
+from llmrecipe.training.measured_memory import MemoryMeter
 from tests.runtime.test_processes import start
 from tests.support import PeakBytes
 from tests.trainings import events, resume, stop_after, train_recipe
@@ -167,6 +168,7 @@ def run_of(model: nn.Module, optimizer: Any, rate: float = 0.1, others: Any = ()
     )
     run = SimpleNamespace(
         model=model, stack=[], runtime=runtime, optimizer=optimizer, progress=SimpleNamespace(step=0), learning_rate=rate,
+        meter=MemoryMeter(), recipe=SimpleNamespace(model=SimpleNamespace(compile=True)),
     )  # fmt: skip
     return run
 

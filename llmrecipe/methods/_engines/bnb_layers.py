@@ -15,7 +15,8 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
 
 
 class Linear4bit(bnb.nn.Linear4bit):
@@ -47,3 +48,21 @@ class Linear8bit(bnb.nn.Linear8bitLt):
         self.state.is_training = self.training or x.device.type == "cpu"
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return bnb.matmul(x, self.weight, bias=bias, state=self.state)
+
+
+def empty_state(module: nn.Module, dtype: torch.dtype, block: int, scale_block: int) -> None:
+    """Give a 4-bit layer whose codes have no numbers the scales that belong to them, without numbers too.
+
+    Args:
+        dtype: that of the weight before it was quantized.
+        block: weights that share a scale.
+        scale_block: scales that share one of their own, where they are quantized too.
+    """
+    layer: Any = module
+    shape, known = torch.Size((layer.out_features, layer.in_features)), layer.weight.__dict__
+    blocks, options = -(-shape.numel() // block), {}
+    if known["compress_statistics"]:
+        inner = QuantState(torch.empty(-(-blocks // scale_block)), None, torch.empty(256), scale_block, None, torch.float32)
+        options = {"offset": torch.empty(()), "state2": inner}
+    scales = torch.empty(blocks, dtype=torch.uint8 if options else torch.float32)
+    layer.quant_state = QuantState(scales, shape, torch.empty(16), block, known["quant_type"], dtype, **options)

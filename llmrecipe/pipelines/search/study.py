@@ -109,7 +109,9 @@ class Search:
         """Dry-run the first point; return the better direction of what is monitored."""
         from llmrecipe.training.dry_run import examine
 
-        examine(self._compose({key: space.first(value) for key, value in self.section.space.items()}, self.seeds[0]))
+        examine(
+            self._compose({key: space.first(value) for key, value in self.section.space.items()}, self.seeds[0]), follow=False
+        )
         return self.mode
 
     @functools.cached_property

@@ -13,8 +13,10 @@ from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.evaluation.leaderboard_page import leaderboard_page
-from llmrecipe.evaluation.leaderboard_plot import draw_plot
+from llmrecipe.evaluation.leaderboard_plot import draw_parts, draw_plot
 from llmrecipe.evaluation.leaderboard_table import (
+    MEMORY,
+    PARTS,
     PLAIN,
     REQUESTED,
     Column,
@@ -25,6 +27,7 @@ from llmrecipe.evaluation.leaderboard_table import (
     chosen_values,
     labels_of,
     markdown,
+    memory_column,
     rank,
     read_entries,
     start_label,
@@ -54,7 +57,8 @@ class Leaderboard(Step):
     With `tuned` the runs of a row may differ in one key, and those with the value that is best on the validation split are its
     result. With `of` the step shows a pipeline as far as it has run: rows without a finished run are empty.
 
-    Left in the folder: leaderboard.md, leaderboard.json, leaderboard.png (with matplotlib), leaderboard.html.
+    Left in the folder: leaderboard.md, leaderboard.json, leaderboard.png (with matplotlib), leaderboard.html;
+    memory.png, a bar for each row, where columns are parts of the memory.
     """
 
     gives: ClassVar[str] = "metrics"
@@ -67,7 +71,8 @@ class Leaderboard(Step):
     metric: str = "test/accuracy"
     """The score without `against`: a name in the runs' final/metrics.json."""
     columns: list[str] = Field(default_factory=list)
-    """Further names in the runs' final/metrics.json, each a column: forget/mean of runs with `eval.forgetting`."""
+    """Further columns: names in the runs' final/metrics.json (forget/mean of runs with `eval.forgetting`), and memory/held,
+    memory/weights, memory/gradients, memory/optimizer, memory/activations, memory/logits and memory/peak."""
     tuned: str | None = None
     """Key of the recipes, such as optim.lr, whose value is chosen for each row."""
     by: str = "eval/loss"
@@ -198,6 +203,8 @@ class Leaderboard(Step):
         across = [c for c in columns if c.key in self._across()]
         if self.plot:
             draw_plot(rows, across, score, work.path / "leaderboard.png")
+            if parts := [c for c in columns if c.key.removeprefix(MEMORY) in PARTS]:
+                draw_parts(rows, parts, work.path / "memory.png")
         work.dir.write("leaderboard.html", leaderboard_page(rows, columns, across))
         top = {"best": rows[0].label, f"best/{score.key}": rows[0].mean[score.key]} if entries else {}
         return {"runs": len(entries), "methods": len(rows), **top}
@@ -209,7 +216,7 @@ class Leaderboard(Step):
         return [self.across] if isinstance(self.across, str) else self.across
 
     def _columns(self) -> list[Column]:
-        more = [Column(name, name, spread=True) for name in self.columns]
+        more = [memory_column(n) if n.startswith(MEMORY) else Column(n, n, spread=True) for n in self.columns]
         if self.against is not None:
             shown = [c for c in REQUESTED if self.pairs or c.key not in ("margin", "preferred")]
             return [*shown, *more, *(c for c in PLAIN if c.key in ("memory", "seconds"))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from llmrecipe.runs.verified import read_verified
 SECTIONS = [
     ("outcome", "Outcome"),
     ("curves", "Curves"),
+    ("memory", "Memory"),
     ("samples", "Samples"),
     ("choices", "Where the method trained"),
     ("recipe", "Recipe"),
@@ -49,11 +50,12 @@ class ChartGroup:
         return self.name == REST
 
 
-def run_page(path: Path, live: bool = False) -> str:
+def run_page(path: Path, live: bool = False, predicted: Mapping[str, int] | None = None) -> str:
     """Return the report of a run as one HTML page.
 
     Args:
         live: the page is served and reads itself again.
+        predicted: bytes of each part of its memory, as `check` gives them.
 
     Raises:
         RunError: there is no run at the path, or one of its files is damaged.
@@ -67,8 +69,8 @@ def run_page(path: Path, live: bool = False) -> str:
     scores = [["metric", "before", "best step", "last step", "other splits"], *(list(astuple(s)) for s in found.scores)]
     return render(
         "run.html", record.name, live, sections=SECTIONS, outcome=found, scores=scores, main=monitored,
-        groups=chart_groups(metrics, monitored), samples=sampled_prompts(record.samples), verified=_verified(path),
-        maps=where_trained(path, report),
+        groups=chart_groups(metrics, monitored), memory=memory_table(report.get("memory", {}), predicted or {}),
+        samples=sampled_prompts(record.samples), verified=_verified(path), maps=where_trained(path, report),
         recipe=recipe_view(record, report, _text(path, "recipe.yaml"), command), data=audit_facts(report), command=command,
         environment=_environment(path),
         warnings=[["step", "warning"], *([f"{w['step']:,}", w["message"]] for w in record.warnings)] if record.warnings else [],
@@ -87,6 +89,16 @@ def chart_groups(metrics: Sequence[MetricCurves], first: str = "") -> list[Chart
                 group.tiles.append((metric.name, _numbers(metric)))
         made.append(group)
     return made
+
+
+def memory_table(measured: Mapping[str, int], predicted: Mapping[str, int]) -> list[list[str]]:
+    """Return the parts of a run's memory in MB, as predicted and as measured, the peak last; nothing where none was counted."""
+    names = [*(n for n in dict.fromkeys((*measured, *predicted)) if n != "peak"), "peak"] if measured else []
+
+    def size(found: Mapping[str, int], name: str) -> str:
+        return f"{found[name] / 2**20:,.3f}" if name in found else "unknown"
+
+    return [["MB", "predicted", "measured"], *([n, size(predicted, n), size(measured, n)] for n in names)] if names else []
 
 
 def _numbers(metric: MetricCurves) -> str:
