@@ -36,6 +36,8 @@ LONGEST_WAIT = 120.0
 """Longest wait in seconds before the next attempt, whatever the server requests."""
 
 
+UNSENDABLE = "a line end, white space around it, or a character that no header can carry"
+"""What is wrong with a key that is no token."""
 LARGEST_REPLY = 64 << 20
 """Bytes of the largest reply that is read."""
 
@@ -161,6 +163,16 @@ def check_address(url: str, key: str | None, key_env: str | None, where: str) ->
     name_variable(variable)
     if variable is not None and not os.environ.get(variable):
         raise RecipeError(f"{where}.{'key' if key else 'key_env'}: the environment variable {variable} is not set")
+    if variable is not None and not _is_token(os.environ[variable]):
+        raise RecipeError(
+            f"{where}.{'key' if key else 'key_env'}: the environment variable {variable} holds {UNSENDABLE}; set it again "
+            "without (a file with Windows line ends is the usual reason)"
+        )
+
+
+def _is_token(value: str) -> bool:
+    """Return whether a header can carry a value."""
+    return value.isascii() and value.isprintable() and value == value.strip()
 
 
 @dataclass
@@ -227,6 +239,7 @@ class Client:
 
     def clean(self, text: str) -> str:
         """Return the text without this client's key and other secrets."""
+        name_variable(self.key_env)
         key = self._key()
         return redact_text(text.replace(key, HIDDEN) if key else text)
 
@@ -235,6 +248,8 @@ class Client:
 
     def _send(self, content: bytes, path: str) -> bytes:
         headers = {"Content-Type": "application/json"}
+        if self._key() and not _is_token(self._key()):
+            raise RunError(f"{self.who}: the environment variable {self.key_env} holds {UNSENDABLE}; set it again")
         if self._key():
             headers["Authorization"] = f"Bearer {self._key()}"
         with self._lock:

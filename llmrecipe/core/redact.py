@@ -7,8 +7,10 @@ written; no text is ever treated as a secret because of what it looks like.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,9 +56,24 @@ def name_variables(value: object) -> None:
 
 
 def secrets() -> list[str]:
-    """Return the values of the named variables, longest first."""
-    values = {value for name in _named if len(value := os.environ.get(name, "")) >= LEAST}
-    return sorted(values, key=len, reverse=True)
+    """Return the values of the named variables in every form in which a message may hold them, longest first."""
+    values = {form for name in _named for form in _forms(os.environ.get(name, ""))}
+    return sorted((value for value in values if len(value) >= LEAST), key=len, reverse=True)
+
+
+def _forms(value: str) -> Iterator[str]:
+    """Yield a value as it is, without the white space around it, and as Python, JSON and addresses escape it."""
+    for plain in (value, value.strip()):
+        content = plain.encode("utf-8", "surrogateescape")
+        yield from (
+            plain,
+            repr(plain)[1:-1],
+            repr(content)[2:-1],
+            json.dumps(plain)[1:-1],
+            urllib.parse.quote(content, safe=""),
+        )
+        # A header is Latin-1.
+        yield repr(plain.encode("latin-1", "replace"))[2:-1]
 
 
 def redact_text(text: str) -> str:

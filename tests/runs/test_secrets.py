@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 
 from llmrecipe.cli.app import _save_traceback
 from llmrecipe.cli.app import run_command as cli
-from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.http_client import check_address
-from llmrecipe.core.redact import name_variables, redact, redact_text
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.http_client import Client, check_address
+from llmrecipe.core.redact import HIDDEN, name_variable, name_variables, redact, redact_text
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.recipe.compose import compose, to_yaml
 from llmrecipe.recipe.overrides import as_word
@@ -155,3 +156,25 @@ def test_only_values_of_named_variables_are_replaced(monkeypatch: pytest.MonkeyP
     text = "the customer's password: a token=abc hf_abcdefghijklmnopqrst https://u:p@h/"
     assert redact_text(text) == text
     assert redact({"api_key": "abc", "list": [SECRET, 5]}) == {"api_key": "abc", "list": ["<redacted>", 5]}
+
+
+@pytest.mark.parametrize(
+    "value", ['sk"a\\b-xyz', "sk'a\"b-xyz", "sk-tab\tbed-xyz", "sk-line-xyz\r\n", "sk-ö-xyz", "sk/a+b=%-xyz"]
+)
+def test_a_secret_is_found_however_a_message_escapes_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODD_SECRET", value)
+    name_variable("ODD_SECRET")
+    quoted = urllib.parse.quote(value, safe="")
+    for text in (value, repr(value), repr(value.encode()), json.dumps(value), json.dumps({"k": value}), quoted, value.strip()):
+        shown = redact_text(f"before {text} after")
+        assert HIDDEN in shown and "xyz" not in shown and shown.startswith("before ") and shown.endswith(" after"), shown
+
+
+@pytest.mark.parametrize("value", ["sk-line-xyz\r", "sk-line-xyz\n", " sk-xyz", "sk-\x07-xyz", "sk-ö-xyz"])
+def test_a_key_that_no_header_carries_is_refused_without_being_shown(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODD_SECRET", value)
+    with pytest.raises(RecipeError, match=r"judge.key_env: the environment variable ODD_SECRET holds a line end") as found:
+        check_address("http://localhost:1/v1", None, "ODD_SECRET", "judge")
+    with pytest.raises(RunError, match=r"judge: the environment variable ODD_SECRET holds a line end") as later:
+        Client("http://localhost:1/v1", "judge", "reply", key_env="ODD_SECRET", retries=0).post({})
+    assert "xyz" not in f"{found.value}{later.value}"
