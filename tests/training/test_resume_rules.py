@@ -100,7 +100,7 @@ def test_an_old_final_is_kept_until_the_new_one_is_whole_and_best_weights_outliv
     best = learned(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "final" / "metrics.json").read_text())["best_step"] == 2
 
-    def die(run: Run, metrics: dict[str, Any]) -> None:
+    def die(run: Run, metrics: dict[str, Any], documents: Any) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
