@@ -92,13 +92,19 @@ def chart_groups(metrics: Sequence[MetricCurves], first: str = "") -> list[Chart
 
 
 def memory_table(measured: Mapping[str, int], predicted: Mapping[str, int]) -> list[list[str]]:
-    """Return the parts of a run's memory in MB, as predicted and as measured, the peak last; nothing where none was counted."""
+    """Return the parts of a run's memory in MB, as predicted and as measured, the peak last; nothing where none was counted.
+
+    The predicted peak is that of tensors, which a process or a device exceeds by what its allocator keeps.
+    """
     names = [*(n for n in dict.fromkeys((*measured, *predicted)) if n != "peak"), "peak"] if measured else []
 
     def size(found: Mapping[str, int], name: str) -> str:
         return f"{found[name] / 2**20:,.3f}" if name in found else "unknown"
 
-    return [["MB", "predicted", "measured"], *([n, size(predicted, n), size(measured, n)] for n in names)] if names else []
+    lines = [[n, size(predicted, n), size(measured, n)] for n in names]
+    if lines and "peak" in predicted:
+        lines[-1][1] = f"at least {lines[-1][1]}"
+    return [["MB", "predicted", "measured"], *lines] if lines else []
 
 
 def _numbers(metric: MetricCurves) -> str:
