@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmrecipe.cli.arguments import Json, Words
-from llmrecipe.core.console import console, number, print_json
+from llmrecipe.core.console import console, number, print_json, say
 
 PANEL = "Use"
 ORDER = 5
@@ -36,4 +36,4 @@ def verb(
     for name, value in facts.items():
         table.add_row(name, number(value))
     console().print(table)
-    print(f"done: {folder}")
+    say(f"done: {folder}")

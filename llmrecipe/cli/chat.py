@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
-from llmrecipe.core.console import console, print_json
+from llmrecipe.core.console import console, print_json, say
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.printable import message_text, printable
 
@@ -66,7 +66,7 @@ def verb(
             return
         for pair in answers:
             answer = printable(pair["answer"])
-            print(f"[{pair['adapter']}] {answer}" if len(chat.used) > 1 else answer)
+            say(f"[{pair['adapter']}] {answer}" if len(chat.used) > 1 else answer)
         return
     interactive(chat)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmrecipe.cli.arguments import Json
-from llmrecipe.core.console import print_json
+from llmrecipe.core.console import print_json, say
 
 if TYPE_CHECKING:
     from llmrecipe.runs.run_record import Record
@@ -44,9 +44,9 @@ def verb(
         return
     _show(records, differences(records), wanted)
     if plot is not None:
-        print(f"curves: {plot}")
+        say(f"curves: {plot}")
     if out is not None:
-        print(f"report: {out}")
+        say(f"report: {out}")
 
 
 def _write_page(records: list[Record], metrics: list[str], path: Path) -> None:

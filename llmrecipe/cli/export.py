@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmrecipe.cli.arguments import Json
-from llmrecipe.core.console import lasting, print_json
+from llmrecipe.core.console import lasting, print_json, say
 
 PANEL = "Use"
 ORDER = 4
@@ -94,9 +94,9 @@ def verb(
         print_json(done.facts())
         return
     for note in done.notes:
-        print(note)
-    print(f"proven: {done.difference}")
-    print(f"done: {done.path}")
+        say(note)
+    say(f"proven: {done.difference}")
+    say(f"done: {done.path}")
 
 
 def _words(words: list[str]) -> tuple[dict[str, bool], dict[str, Any]]:

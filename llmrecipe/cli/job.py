@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.cli.arguments import PROCESSES, VerbWords, need_recipe, processes_word, tell
+from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, UserError
 from llmrecipe.core.redact import name_variable, variables_in
 
@@ -62,7 +63,7 @@ def make_job(request: VerbWords, engine: str, out: Path | None, submit: bool, op
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written: {error.strerror or error}") from error
     command = ENGINES[engine].submit(job, str(path))
-    print(f"written: {path}" + ("" if submit else f"; submit it with: {shlex.join(command)}"))
+    say(f"written: {path}" + ("" if submit else f"; submit it with: {shlex.join(command)}"))
     if submit:
         _submit(command)
     return 0

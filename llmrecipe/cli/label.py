@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmrecipe.cli.arguments import Json
-from llmrecipe.core.console import print_json
+from llmrecipe.core.console import print_json, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def verb(
         print_json({**facts, "rows": written, "file": str(out / f"{name}.jsonl")})
         return
     print_agreement(facts)
-    print(f"{written} preference rows: {out / f'{name}.jsonl'}")
+    say(f"{written} preference rows: {out / f'{name}.jsonl'}")
 
 
 def answers_of(

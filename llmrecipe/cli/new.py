@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llmrecipe.core.console import say
+
 PANEL = "Tools"
 ORDER = 1
 
@@ -91,10 +93,10 @@ def _component(what: str, name: str, folder: Path) -> None:
 
     files = skeletons.write_skeleton(what, name, folder)
     for path in files:
-        print(f"wrote {path}")
+        say(f"wrote {path}")
     root = PACKAGE.parent if folder.resolve().is_relative_to(PACKAGE) else folder.resolve().parent
     test = next(path for path in files if path.name.startswith("test_")).resolve().relative_to(root)
-    print(f"next, in {root}: python -m pytest {test}; python -m llmrecipe train recipe={name}")
+    say(f"next, in {root}: python -m pytest {test}; python -m llmrecipe train recipe={name}")
 
 
 def _recipe(name: str, extends: str, objective: str | None, stack: str | None) -> None:
@@ -115,7 +117,7 @@ def _recipe(name: str, extends: str, objective: str | None, stack: str | None) -
     except RecipeError:
         path.unlink()
         raise
-    print(f"wrote {path}; next: llmrecipe explain recipe={word}")
+    say(f"wrote {path}; next: llmrecipe explain recipe={word}")
 
 
 def _chosen(objective: str | None, stack: str | None) -> list[str] | None:
@@ -187,11 +189,11 @@ def _fitted(
     schema = path.parent / SCHEMA
     if not schema.exists():
         _write(schema, json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
-        print(f"wrote {schema}, for editors")
+        say(f"wrote {schema}, for editors")
     if note:
-        print(f"note: {note}")
-    print(f"{found.objective} on {found.reading.found.name} rows, extending {found.parent}; the recipe says why")
-    print(f"wrote {path}; next: llmrecipe data recipe={_word(path)}, then llmrecipe train recipe={_word(path)}")
+        say(f"note: {note}")
+    say(f"{found.objective} on {found.reading.found.name} rows, extending {found.parent}; the recipe says why")
+    say(f"wrote {path}; next: llmrecipe data recipe={_word(path)}, then llmrecipe train recipe={_word(path)}")
 
 
 def _mapping(text: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.cli.findings import show_findings
-from llmrecipe.core.console import console, print_json
+from llmrecipe.core.console import console, print_json, say
 from llmrecipe.recipe.step_spec import StepComposition
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def show_results(composition: Composition, results: list[Result]) -> None:
     out = console()
     out.print(f"{composition.name}: {len(results)} stages in {Path(results[-1].dir).parent}", soft_wrap=True)
     out.print(table)
-    print(f"done: {results[-1].dir}")
+    say(f"done: {results[-1].dir}")
 
 
 def check_pipeline(composition: Composition, as_json: bool) -> None:
@@ -53,10 +53,10 @@ def check_pipeline(composition: Composition, as_json: bool) -> None:
         return
     for planned in made.stages:
         needs = f", after {', '.join(planned.stage.inputs)}" if planned.stage.inputs else ""
-        print(f"[{planned.name}] {planned.dir}{needs}")
+        say(f"[{planned.name}] {planned.dir}{needs}")
         facts = found.get(planned.name)
         if isinstance(facts, StepComposition):
-            print(f"step {facts.kind}: " + ", ".join(f"{k} {v}" for k, v in facts.options.items() if v not in (None, [], {})))
+            say(f"step {facts.kind}: " + ", ".join(f"{k} {v}" for k, v in facts.options.items() if v not in (None, [], {})))
         elif facts is not None:
             show_findings(facts)
         else:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmrecipe.cli.arguments import Json
-from llmrecipe.core.console import console, print_json
+from llmrecipe.core.console import console, print_json, say
 
 PANEL = "Use"
 ORDER = 5
@@ -45,9 +45,9 @@ def verb(
         print_json({**facts, "url": address})
         return
     for note in upload.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     if address is not None:
-        print(f"done: {address} ({'private' if upload.private else 'public'}, {len(upload.files)} files)")
+        say(f"done: {address} ({'private' if upload.private else 'public'}, {len(upload.files)} files)")
         return
     from rich.table import Table
 
@@ -57,4 +57,4 @@ def verb(
     out = console()
     out.print(f"would go from {folder} to {repo} ({'private' if upload.private else 'public'}):", soft_wrap=True)
     out.print(table)
-    print(f"\n{upload.card()}")
+    say(f"\n{upload.card()}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmrecipe.cli.arguments import Json
-from llmrecipe.core.console import print_json
+from llmrecipe.core.console import print_json, say
 
 PANEL = "Look"
 ORDER = 31
@@ -47,7 +47,7 @@ def verb(
     if as_json:
         print_json({"report": str(target), **read_run(run).facts()})
     else:
-        print(f"report: {target}" + (f"\ncard: {card}" if card is not None else ""))
+        say(f"report: {target}" + (f"\ncard: {card}" if card is not None else ""))
 
 
 def _serve(run: Path, out: Path | None, port: int, as_json: bool) -> None:
@@ -69,7 +69,7 @@ def _serve(run: Path, out: Path | None, port: int, as_json: bool) -> None:
             print_json({"report": server.address})
             sys.stdout.flush()
         else:
-            print(f"report: {server.address} (Ctrl-C ends it)", flush=True)
+            say(f"report: {server.address} (Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llmrecipe.core.console import say
+
 PANEL = "Tools"
 ORDER = 3
 
@@ -28,4 +30,4 @@ def verb(out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to 
         out.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"--out {out}: cannot be written: {error.strerror}") from error
-    print(f"wrote {out}; put this line on top of a recipe: # yaml-language-server: $schema={out}")
+    say(f"wrote {out}; put this line on top of a recipe: # yaml-language-server: $schema={out}")

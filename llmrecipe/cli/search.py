@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmrecipe.cli.arguments import ConfigDir, Json, Words, need_recipe, sort_words
-from llmrecipe.core.console import console, number, print_json
+from llmrecipe.core.console import console, number, print_json, say
 
 if TYPE_CHECKING:
     from llmrecipe.pipelines.search.study import Search
@@ -47,8 +47,8 @@ def run_search(recipe: str, words: list[str], as_json: bool = False) -> None:
         return
     show_trials(found, trials)
     if image is not None:
-        print(f"picture: {image}")
-    print(f"done: {path}")
+        say(f"picture: {image}")
+    say(f"done: {path}")
 
 
 def show_trials(search: Search, trials: list[Trial]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmrecipe.cli.arguments import ConfigDir, StepWords
-from llmrecipe.core.console import console, number
+from llmrecipe.core.console import console, number, say
 
 PANEL = "Tools"
 
@@ -35,7 +35,7 @@ def do_step(kind: str, words: list[str] | None) -> None:
     # Mistakes in the options come first, before anything heavy is imported.
     composition = compose_step(kind, list(words or []))
     for note in composition.notes:
-        print(note)
+        say(note)
     from rich.table import Table
 
     from llmrecipe.pipelines.steps.run_step import run_step
@@ -47,4 +47,4 @@ def do_step(kind: str, words: list[str] | None) -> None:
     for name, value in read_metrics(folder.path).items():
         table.add_row(name, number(value))
     console().print(table)
-    print(f"{'reused' if before else 'done'}: {folder.path}")
+    say(f"{'reused' if before else 'done'}: {folder.path}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmrecipe.cli.arguments import AUTO, ConfigDir, VerbWords, Words, need_recipe, sort_words
+from llmrecipe.core.console import say
 
 PANEL = "Train"
 ORDER = 1
@@ -48,12 +49,12 @@ def verb(
             return
         run_dir = composition.recipe.run.dir if state == "begun" else None
     for note in composition.notes:
-        print(note)
+        say(note)
     from llmrecipe.training.train import train
 
     run = train(composition, run_dir)
     if run.runtime.is_main:
-        print(f"done: {run.dir.path}")
+        say(f"done: {run.dir.path}")
 
 
 def _sweep(request: VerbWords) -> None:

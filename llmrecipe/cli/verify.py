@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrecipe.cli.arguments import ConfigDir, Json, Words, runs_and_overrides, tell
-from llmrecipe.core.console import print_json
+from llmrecipe.core.console import print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def verb(
     for line in check_results(subject.removeprefix("recipe="), overrides, run):
         lines.append(line)
         if not as_json:
-            print(f"{line.check}: {line.result}", flush=True)
+            say(f"{line.check}: {line.result}")
     if not overrides and (Path(subject) / "status.json").is_file():
         keep(Path(subject), lines)
     failed = [line for line in lines if line.result == "failed"]

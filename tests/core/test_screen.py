@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import io
@@ -22,6 +23,7 @@ from llmrecipe.core.background import Background
 from llmrecipe.core.console import console, lasting
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import as_user_error, parse_json, read_json, reading
+from llmrecipe.core.paths import PACKAGE
 from llmrecipe.core.printable import LONGEST_LINE, UNPRINTABLE, message_text, printable
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import Steady, steady_output
@@ -239,3 +241,14 @@ def test_something_that_lasts_is_said_on_stderr_until_it_ends(
     with lasting("scoring"):
         time.sleep(0.12)
     assert capsys.readouterr().err == ""
+
+
+def test_verbs_print_no_text_of_others_as_it_is() -> None:
+    """Paths, notes and names go through `say`, which escapes what a terminal would obey."""
+    raw = []
+    for path in sorted((PACKAGE / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            if named and any(isinstance(part, ast.JoinedStr) for part in node.args) and path.stem != "app":
+                raw += [f"{path.name}:{node.lineno}" for part in node.args if "message_text" not in ast.unparse(part)]
+    assert not raw
