@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -44,7 +42,6 @@ LONGEST = 4096
 """Longest row that is proposed; more is the user's choice."""
 WINDOW = 384
 """Longest window of a passage."""
-SCHEMA = "recipe.schema.json"
 
 
 @dataclass
@@ -181,8 +178,7 @@ def _settings(found: Fitted, section: DataSection, sample: list[dict[str, Any]])
     if found.objective in ("grpo", "rloo", "ppo"):
         made["objective"] = {"reward": _reward(found, sample, columns)}
     if detected.name == "tagged":
-        names = _tag_names(found, sample, columns)
-        made |= {"objective": {"tags": names}} if names else {}
+        made |= _tag_settings(found, sample, columns)
     return made
 
 
@@ -214,14 +210,18 @@ def _reward(found: Fitted, sample: list[dict[str, Any]], columns: dict[str, str]
     return {"length": {"most": 40, "unit": "words"}}
 
 
-def _tag_names(found: Fitted, sample: list[dict[str, Any]], columns: dict[str, str]) -> list[str]:
-    """Return names for tags that are numbers, which the file does not have."""
+def _tag_settings(found: Fitted, sample: list[dict[str, Any]], columns: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return names for tags that are numbers, which the file does not have, and the metric of tags that mark no entities."""
     column = next(columns.get(name, name) for name in found.reading.used if "tags" in name)
-    numbers = [tag for row in sample for tag in row.get(column) or [] if isinstance(tag, int)]
-    if not numbers:
-        return []
-    found.remarks.append("tags         numbers in the file; write their names, in their order, in objective.tags")
-    return [f"tag{number}" for number in range(max(numbers) + 1)]
+    tags = [tag for row in sample for tag in row.get(column) or []]
+    made: dict[str, dict[str, Any]] = {}
+    if numbers := [tag for tag in tags if isinstance(tag, int)]:
+        found.remarks.append("tags         numbers in the file; write their names, in their order, in objective.tags")
+        made["objective"] = {"tags": [f"tag{number}" for number in range(max(numbers) + 1)]}
+    if not any(str(tag).startswith(("B-", "I-")) for tag in tags):
+        found.remarks.append("metric       accuracy of words; where the tags mark entities (B-, I-) it is eval/f1")
+        made["eval"] = {"monitor": "eval/accuracy", "mode": "max"}
+    return made
 
 
 # --- lengths ------------------------------------------------------------------------------------------------------------
@@ -317,9 +317,11 @@ def readable(found: Fitted, path: Path) -> str | None:
 
     few = [f"data.limit={MEASURED}", "data.cache=false"]
     try:
-        tokenized_rows(compose(path, few).recipe, "train")
+        recipe = compose(path, few).recipe
+        rows = len(tokenized_rows(recipe, "train")[0])
     except UserError as error:
         return f"these rows cannot be trained on as they are:\n{error}"
+    _leave_no_row_alone(found, rows if found.rows <= MEASURED else _training_rows(recipe.data), recipe.batch.size)
     if "validation" in found.settings["data"]:
         try:
             tokenized_rows(compose(path, few).recipe, "validation")
@@ -331,75 +333,19 @@ def readable(found: Fitted, path: Path) -> str | None:
     return None
 
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+def _training_rows(section: DataSection) -> int:
+    """Return how many rows of a file are left to train on."""
+    from llmrecipe.data.formats.sources import open_split
+
+    return sum(part.chosen(row) for part in open_split(section, "train") for _, row in part.reader.stream())
 
 
-def recipe_text(found: Fitted, word: str) -> str:
-    """Return the recipe as YAML with its comment.
-
-    Args:
-        word: what stands behind `recipe=`.
-    """
-    detected = found.reading.found
-    renamed = "".join(f", {wanted} <- {column}" for wanted, column in found.settings["data"].get("columns", {}).items())
-    what = USUAL.get(found.reading.rows, ("", detected.format.summary))[1]
-    lines = [
-        f"# yaml-language-server: $schema={SCHEMA}",
-        f"# {found.name}: {found.objective} on {found.file}, fitted to its {found.rows:,} rows.",
-        f"#   llmrecipe data recipe={word}      look first: rows as the model sees them, «trained» and masked",
-        f"#   llmrecipe check recipe={word}     what would train, memory, warnings",
-        f"#   llmrecipe train recipe={word}",
-        "#",
-        f"# format       {detected.name}: {detected.format.summary}{renamed}",
-        f"# objective    {found.objective}, because the rows are {what}",
-        *([f"#              they can also train {', '.join(found.others)}: --objective NAME"] if found.others else []),
-        *(f"# {remark}" for remark in found.remarks),
-    ]
-    if "model" not in found.settings:
-        lines.append("# model        one of its own with fresh weights; a trained one is named by the words")
-        lines.append("#              model.path=NAME model.init=pretrained model.config={} tokenizer.path=null")
-    elif found.model is None:
-        lines.append("# model        the small one inside the package; name yours under model.path (llmrecipe list model),")
-        lines.append(
-            "#              with 0.5 billion parameters and more it wants a smaller optim.lr: 1e-4 to 2e-4 for a LoRA,"
-        )
-        lines.append("#              1e-5 where every weight trains")
-    lines += ["defaults:", f"  - /{found.parent}", *(f"  - {line}" for line in found.choices), "  - _self_"]
-    for section, body in found.settings.items():
-        lines += _section(section, body)
-    return "\n".join(lines) + "\n"
-
-
-def _section(name: str, body: dict[str, Any]) -> list[str]:
-    """Return a section: one line where it is short, else a line for each key."""
-    flow = f"{name}: {_flow(body)}"
-    return [flow] if len(flow) <= 80 else [f"{name}:", *(f"  {key}: {_flow(value)}" for key, value in body.items())]
-
-
-def _flow(value: object) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_flow(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and value.lower() not in YAML_WORDS:
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n", ".", "..")
-"""Plain words that YAML reads as something else than text."""
-
-
-def free_name(stem: str) -> str:
-    """Return a name for a recipe after a file: letters, digits and _, and no packaged recipe's.
-
-    Examples:
-        >>> free_name("my rows-v2"), free_name("sft"), free_name("2024")
-        ('my_rows_v2', 'sft_rows', 'rows_2024')
-    """
-    from llmrecipe.recipe.recipe_paths import packaged, recipes_in
-
-    name = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_").lower() or "rows"
-    name = name if name[0].isalpha() else f"rows_{name}"
-    taken = {path.stem for path in recipes_in(packaged()).values()}
-    return f"{name}_rows" if name in taken else name
+def _leave_no_row_alone(found: Fitted, rows: int, size: int) -> None:
+    """Make the batch larger where the last step of an epoch would have one row, and rows are compared with others."""
+    fitting = size
+    while found.reading.rows in ("unpaired", "pairs") and rows % fitting == 1:
+        fitting += 1
+    if fitting != size:
+        found.settings["batch"] = {"size": fitting}
+        found.remarks = [line for line in found.remarks if not line.startswith("batch")]
+        found.remarks.append(f"batch        {fitting} rows a step, so that the last step of an epoch has more than one")

@@ -171,7 +171,8 @@ def _fitted(
     """Write a recipe fitted to a file, with the schema that its first line names."""
     import json
 
-    from llmrecipe.cli.fitted_recipe import SCHEMA, fit_recipe, free_name, readable, recipe_text
+    from llmrecipe.cli.fitted_recipe import fit_recipe, readable
+    from llmrecipe.cli.recipe_text import SCHEMA, free_name, recipe_text
     from llmrecipe.recipe.compose import load_entry_points
     from llmrecipe.recipe.jsonschema import json_schema
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llmrecipe.cli.app import run_command
 from llmrecipe.cli.data import tokenized_rows
-from llmrecipe.cli.fitted_recipe import USUAL
+from llmrecipe.cli.fitted_recipe import USUAL, Fitted, _leave_no_row_alone, _tag_settings
 from llmrecipe.core import registry
 from llmrecipe.data.formats.guess import readings
 from llmrecipe.data.formats.sources import open_split
@@ -141,6 +141,32 @@ def test_numbers_with_places_are_scores_and_whole_numbers_are_classes() -> None:
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sample))
         best = readings(open_split(DataSection(path="rows.jsonl"), "train")[0], sample, list(USUAL), {})[0]
         assert (best.rows, best.found.aliases) == (rows, {"text": "review", "label": "sentiment"})
+
+
+def test_tags_that_mark_no_entities_are_judged_by_their_words() -> None:
+    """Entities (B-, I-) keep the F1 of the recipe; parts of speech and numbers, which get names to write over, do not."""
+    for tags, monitor, names in (
+        (["B-PER", "O"], None, None),
+        (["NOUN", "VERB"], "eval/accuracy", None),
+        ([2, 0], "eval/accuracy", ["tag0", "tag1", "tag2"]),
+    ):
+        found = fitted([{"tokens": ["Ann", "sings"], "ner_tags": tags}])
+        made = _tag_settings(found, [{"tokens": ["Ann", "sings"], "ner_tags": tags}], {})
+        assert made.get("eval", {}).get("monitor") == monitor and made.get("objective", {}).get("tags") == names
+
+
+def test_no_row_is_left_alone_where_rows_are_compared() -> None:
+    found = fitted([{"prompt": "a", "completion": "b", "label": True}])
+    for rows, size, wanted in ((33, 8, 9), (32, 8, None), (73, 8, 10)):
+        found.settings = {}
+        _leave_no_row_alone(found, rows, size)
+        assert found.settings.get("batch", {}).get("size") == wanted
+
+
+def fitted(rows: list[dict[str, Any]]) -> Fitted:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best = readings(open_split(DataSection(path="rows.jsonl"), "train")[0], rows, list(USUAL), {})[0]
+    return Fitted("rows", "rows.jsonl", USUAL[best.rows][0], "", best, len(rows), [])
 
 
 @pytest.mark.slow
