@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from llmrecipe.cli.fitted_recipe import USUAL, Fitted
 
