@@ -66,6 +66,9 @@ def sampled(tensor: Tensor) -> Tensor:
 def change_tables(model: nn.Module, stack: Stack, start: StartValues) -> dict[str, dict[str, Any]]:
     """Return the tables of a trained model by title; those without a number are left out."""
     hooks = [(path, module, name, hook) for path, module, name, hook in all_hooks(model) if not hook.mounted]
+    for _, module, _, hook in hooks:
+        if hook.in_place:
+            hook.weight(getattr(module, hook.tensor))  # as a forward pass would: the last update stands in the host
     added = {id(p) for _, _, _, hook in hooks for p in hook.parameters()}
     weights: Places = {}
     for name, parameter in model.named_parameters():
@@ -77,6 +80,8 @@ def change_tables(model: nn.Module, stack: Stack, start: StartValues) -> dict[st
     merging = {wrapper.name for wrapper in stack if wrapper.merges()}
     own: dict[str, Places] = defaultdict(dict)
     for path, module, name, hook in hooks:
+        if hook.in_place:
+            continue  # its change is that of its host
         merged = _merged(path, module, name, hook) if hook.owner in merging else None
         for place, size in (merged or {}).items():
             weights[place] = math.hypot(size, weights.get(place, 0.0))

@@ -87,10 +87,12 @@ def test_every_method_has_a_picture_and_measuring_leaves_no_trace(kind: str) -> 
     subject = build(kind)
     start = StartValues(subject.model, own=True)
     run_steps(subject, 2)
+    change_tables(subject.model, subject.stack, start)  # writes the last update of what trains in place, as a forward pass does
     before = {n: t.clone() for n, t in subject.model.state_dict().items()}
     tables = change_tables(subject.model, subject.stack, start)
     after = subject.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+    assert set(subject.stack.structures(subject.model)) == {w.name for w in subject.stack}, "it can be saved afterwards"
     sizes = [size for t in tables.values() for row in (*t["rows"].values(), t["outside"]) for size in row.values()]
     assert sizes and all(math.isfinite(size) and size > 0 for size in sizes)
 
