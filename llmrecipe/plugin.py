@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from llmrecipe.interop.merge_method import MergeMethod
     from llmrecipe.interop.peft.converters import peft_converter
     from llmrecipe.interop.peft.layout import Adapter, Branch
+    from llmrecipe.methods._base.late_values import Largest, Smallest
     from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
-    from llmrecipe.methods._base.update_rule import Largest, Smallest
     from llmrecipe.methods._engines.low_rank import add_to_weight
     from llmrecipe.models.anatomy import Anatomy
     from llmrecipe.models.family import Family
@@ -167,7 +167,7 @@ _HOMES = {
         "Stage",
         "Wrapper",
     ),
-    "llmrecipe.methods._base.update_rule": (
+    "llmrecipe.methods._base.late_values": (
         "Largest",
         "Smallest",
     ),

@@ -62,6 +62,8 @@ class Context:
     """(R, T) or (R, 1) task of each token, for mixed-task batches."""
     prompt_lengths: torch.Tensor | None = None
     """(R,) real prompt tokens of each padded row."""
+    padded: bool | None = None
+    """Whether `attention_mask` masks anything, where it is the mask of every attention of the pass; None where not known."""
     read: torch.Tensor | None = None
     """(M,) sorted flat indices into R * T of the final states that are used; None when unknown, or when all are."""
     off: frozenset[str] = frozenset()

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmrecipe.core.forward_context import Context, Layout, Segment
+from llmrecipe.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Slots:
 
     def to(self, device: torch.device | str) -> Slots:
         """Return the same places on a device."""
-        return Slots(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return Slots(*(to_device(getattr(self, f.name), device) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,13 @@ class Batch:
     """Texts of each row that answers are taken from and compared with."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What the objective needs in addition to tokens: labels, margins, advantages, encoder inputs."""
+    host: Batch | None = field(default=None, repr=False)
+    """The same batch as it was laid out, where this one is a copy on another device."""
+
+    @property
+    def here(self) -> Batch:
+        """Return the batch whose tensors the host can read without waiting for a device."""
+        return self if self.host is None else self.host
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on a device."""
@@ -127,8 +136,9 @@ class Batch:
             "prompt_lengths",
             "pixels",
         )
-        moved = {n: v.to(device, non_blocking=True) for n in names if (v := getattr(self, n)) is not None}
-        return replace(self, **moved, slots=slots, extra={k: v.to(device) for k, v in self.extra.items()})
+        moved: dict[str, Any] = {n: to_device(v, device) for n in names if (v := getattr(self, n)) is not None}
+        extra = {k: to_device(v, device) for k, v in self.extra.items()}
+        return replace(self, **moved, slots=slots, extra=extra, host=self.here)
 
     def context(self, role: str = "policy") -> Context:
         """Return the context of a forward pass over this batch; `extra` may hold `example_ids` and `example_mask`, (K, T')."""
@@ -140,13 +150,24 @@ class Batch:
             positions=self.position_ids,
             task_ids=self.task_ids,
             prompt_lengths=self.prompt_lengths,
+            padded=self.padded,
             examples=examples,
             computed={},
         )
 
+    @property
+    def padded(self) -> bool | None:
+        """Return whether some places of its rows are padding; None for rows without a mask."""
+        mask = self.here.attention_mask
+        return None if mask is None else not bool(mask.all())
+
     def with_extra(self, **tensors: Tensor) -> Batch:
-        """Return the same batch with more tensors for the objective."""
-        return replace(self, extra={**self.extra, **tensors})
+        """Return the same batch with more tensors for the objective; those of the host are copied to the batch's device."""
+        if self.host is None:
+            return replace(self, extra={**self.extra, **tensors})
+        place = self.input_ids.device
+        host = self.host.with_extra(**{k: v for k, v in tensors.items() if v.device.type == "cpu"})
+        return replace(self, extra={**self.extra, **{k: to_device(v, place) for k, v in tensors.items()}}, host=host)
 
     def with_texts(self, texts: tuple[tuple[str, ...], ...]) -> Batch:
         """Return the same batch with the texts of its rows."""
@@ -158,7 +179,8 @@ class Batch:
 
     def counts(self) -> Tensor:
         """Return the number of targets of each sequence, (S,), as float."""
-        return torch.bincount(self.sequence, minlength=self.sequences).to(torch.float32)
+        found = torch.bincount(self.here.sequence, minlength=self.sequences).to(torch.float32)
+        return to_device(found, self.sequence.device)
 
 
 def _tasks(sequences: Seq[Sequence]) -> bool:
@@ -336,6 +358,8 @@ def part_of_batch(batch: Batch, first: int, last: int) -> Batch:
 
     Padding that none of them needs is left out; of `extra` only what the model itself reads (`token_type_ids`) is kept.
     """
+    if batch.host is not None:
+        return part_of_batch(batch.host, first, last).to(batch.input_ids.device)
     width = batch.input_ids.shape[1]
     prompts = batch.prompt_lengths
     if batch.layout is not None:
@@ -389,6 +413,7 @@ def sequences_in(batch: Batch) -> list[Sequence]:
 
     They have no parents and no features.
     """
+    batch = batch.here
     width = batch.input_ids.shape[1]
     if batch.layout is not None:
         spans = [(0, segment.start, segment.length) for segment in batch.layout.segments]
@@ -397,8 +422,8 @@ def sequences_in(batch: Batch) -> list[Sequence]:
         starts, lengths = batch.attention_mask.argmax(1).tolist(), batch.attention_mask.sum(1).tolist()
         spans = [(row, start, length) for row, (start, length) in enumerate(zip(starts, lengths, strict=True))]
     trained = torch.zeros(batch.input_ids.numel(), dtype=torch.long)
-    trained[batch.source.cpu() + 1] = 1
-    ids, trained = batch.input_ids.cpu(), trained.view(-1, width)
+    trained[batch.source + 1] = 1
+    ids, trained = batch.input_ids, trained.view(-1, width)
     found = []
     for row, start, length in spans:
         marks = trained[row, start : start + length].tolist()

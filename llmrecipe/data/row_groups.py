@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch, Slots
+from llmrecipe.data.transfer import to_device
 
 BY_COLUMN = ("token_type_ids", "embedding_noise")
 """Tensors (R, T, ...) of `Batch.extra` that a model reads."""
@@ -43,6 +44,9 @@ class RowGroup:
 
 def groups_by_length(batch: Batch, alone: bool = False) -> list[RowGroup]:
     """Return the rows of a padded batch by length (of an encoder-decoder: by both lengths), or each as a group of its own."""
+    if batch.host is not None:
+        device = batch.input_ids.device
+        return [dataclasses.replace(g, batch=g.batch.to(device)) for g in groups_by_length(batch.host, alone)]
     assert batch.attention_mask is not None, "rows that are not packed have a mask"
     mask = batch.attention_mask
     lengths: list[tuple[int, ...]] = [(int(n),) for n in mask.sum(1).tolist()]
@@ -77,7 +81,7 @@ def by_groups(
         if own is not None:
             own = own * (group.batch.tokens / max(sum(g.batch.tokens for g in groups), 1))
             total = own if total is None else total + own
-    order = torch.tensor([row for group in groups for row in group.rows], device=batch.input_ids.device).argsort()
+    order = to_device(torch.tensor([row for group in groups for row in group.rows]).argsort(), batch.input_ids.device)
     return [torch.cat(tensors)[order] for tensors in zip(*parts, strict=True)], total
 
 

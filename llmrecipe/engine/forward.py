@@ -22,6 +22,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
 from llmrecipe.data.collate import Batch, part_of_batch
 from llmrecipe.data.row_groups import by_groups
+from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast
 from llmrecipe.engine.masks import causal_mask
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
@@ -315,7 +316,9 @@ class Engine(nn.Module):
         self.check_masking()
         rows = encoder_rows(batch)
         with activate(
-            dataclasses.replace(current(), attention_mask=rows.attention_mask, positions=rows.position_ids, read=None)
+            dataclasses.replace(
+                current(), attention_mask=rows.attention_mask, positions=rows.position_ids, padded=None, read=None
+            )
         ):
             layers, own = self._layers(rows, LAYERS[pool.kind])
         head: Any = self.head_of(pool.head or "")
@@ -344,19 +347,21 @@ class Engine(nn.Module):
         """Return the last states of the decoder; the encoder reads `encoder_ids`, the decoder the batch's rows."""
         model, mask = self.model, batch.extra["encoder_mask"]
         # The batch's own rows are the decoder's; their masks and positions do not hold for the encoder's rows.
-        own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, read=None)
+        own = dataclasses.replace(current(), attention_mask=mask, positions=None, prompt_lengths=None, padded=None, read=None)
         with activate(own):
             encoder = model.get_encoder()
             read = _noised(encoder, batch.extra["encoder_ids"], batch.extra.get("encoder_noise"))
             out = self.traced(encoder)(**read, attention_mask=mask)
         decoder = model.get_decoder()
-        answer = self.traced(decoder)(
-            **_noised(decoder, batch.input_ids, batch.extra.get("embedding_noise")),
-            attention_mask=batch.attention_mask,
-            encoder_hidden_states=out.last_hidden_state,
-            encoder_attention_mask=mask,
-            use_cache=False,
-        )
+        # Its cross-attention has the encoder's mask, of which the batch's own rows say nothing.
+        with activate(dataclasses.replace(current(), padded=None)):
+            answer = self.traced(decoder)(
+                **_noised(decoder, batch.input_ids, batch.extra.get("embedding_noise")),
+                attention_mask=batch.attention_mask,
+                encoder_hidden_states=out.last_hidden_state,
+                encoder_attention_mask=mask,
+                use_cache=False,
+            )
         own_loss = auxiliary_loss(model.config, answer, batch.attention_mask)
         read_loss = auxiliary_loss(model.config, out, mask)
         both = own_loss if read_loss is None or own_loss is None else own_loss + read_loss
@@ -445,9 +450,11 @@ def pooled(batch: Batch) -> Tensor:
 
 def read_rows(batch: Batch, want: str, critic: Critic | None = None, heads: tuple[str, ...] = ()) -> Tensor | None:
     """Return sorted flat indices (M,) of the final states the requested tensor depends on; None where any may be used."""
-    both = torch.cat([batch.source, batch.last])
-    sources = both if critic is not None and critic.trunk != "own" else batch.source
+    # On the host, where the batch was laid out: how many rows there are depends on their values.
+    here = batch.here
+    both = torch.cat([here.source, here.last])
+    sources = both if critic is not None and critic.trunk != "own" else here.source
     if heads:
-        sources = torch.cat([sources, pooled(batch)])
-    rows = {"logprobs": sources, "continued": sources, "values": both, "hidden": batch.last, "reward": pooled(batch)}.get(want)
-    return None if rows is None else torch.unique(rows)
+        sources = torch.cat([sources, pooled(here)])
+    rows = {"logprobs": sources, "continued": sources, "values": both, "hidden": here.last, "reward": pooled(here)}.get(want)
+    return None if rows is None else to_device(torch.unique(rows), batch.input_ids.device)

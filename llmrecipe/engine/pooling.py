@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.logprob import upcast
 
 LAYERS: dict[str, tuple[int, ...]] = {
@@ -67,13 +68,15 @@ def pool_states(batch: Batch, layers: Sequence[Tensor], kind: str) -> Tensor:
     flat = wide.reshape(-1, wide.shape[-1])
     if kind == "last":
         return flat[batch.last]
-    places, owner = real_tokens(batch)
+    places, owner = real_tokens(batch.here)
     if kind == "cls":
         starts = torch.ones_like(owner, dtype=torch.bool)
         starts[1:] = owner[1:] != owner[:-1]
-        return flat[places[starts]]
+        return flat[to_device(places[starts], flat.device)]
+    counts = to_device(torch.bincount(owner, minlength=batch.sequences), flat.device)
+    places, owner = to_device(places, flat.device), to_device(owner, flat.device)
     sums = flat.new_zeros(batch.sequences, flat.shape[-1]).index_add(0, owner, flat[places])
-    return sums / torch.bincount(owner, minlength=batch.sequences).unsqueeze(-1)
+    return sums / counts.unsqueeze(-1)
 
 
 def real_tokens(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.forward_context import current
 from llmrecipe.data.collate import Batch, Sequence, pack, pad
+from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.forward import Critic, Engine
 from llmrecipe.engine.logprob import Comparison
 from llmrecipe.engine.pooling import Pool
@@ -170,7 +171,7 @@ class Roles:
             return batch.sum_by_sequence(self.reference_tokens(batch))
         known = self.cache.get(batch)
         if self._for_all(known is not None) and known is not None:
-            return known.to(self.device)
+            return to_device(known, self.device)
         sums = batch.sum_by_sequence(self.reference_tokens(batch))
         self.cache.put(batch, sums)
         return sums
@@ -194,6 +195,10 @@ class Roles:
         if self.runtime is None:
             return values
         return self.runtime.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes, without waiting for its values."""
+        return values if self.runtime is None else self.runtime.sum(values)
 
     def gather_rows(self, values: Tensor) -> tuple[Tensor, int]:
         """Join tensors (R, ...) of all processes, with their gradients; also return where this process's own rows begin."""

@@ -93,7 +93,7 @@ class Teacher:
             found = compared(self.states(batch), self.engine.head, self.engine.post, likeliest)
         if "ids" not in found:
             return [TopTokens(torch.zeros(0, count, dtype=torch.long), torch.zeros(0, count)) for _ in sequences]
-        lengths = batch.counts().long().tolist()
+        lengths = batch.here.counts().long().tolist()
         parts = zip(found["ids"].cpu().split(lengths), found["logprobs"].cpu().split(lengths), strict=True)
         return [TopTokens(ids, logprobs) for ids, logprobs in parts]
 

@@ -12,6 +12,7 @@ Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P pr
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -74,12 +76,45 @@ def install_attention(model: nn.Module, backend: str) -> str:
 
         def mask(*args: object, **kwargs: object) -> Tensor | None:
             # Packed rows have their layout in the context; a T x T mask would only undo the saving.
-            return None if current().layout is not None else stock_mask(*args, **kwargs)
+            return None if current().layout is not None else stock_mask(*args, **_unread(kwargs))
 
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    _find_no_documents()
     ROUTED.add(name)
     pretrained(model).set_attn_implementation(name)
     return name
+
+
+def _unread(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a stock mask builder so that it reads no values of a device to see whether it may do without.
+
+    What it would find is known for the rows of a batch (`Context.padded`); any other mask is built, whatever is in it.
+    """
+    given, context = kwargs.get("attention_mask"), current()
+    if not isinstance(given, Tensor) or given.device.type == "cpu":
+        return kwargs
+    own = context.attention_mask is not None and context.attention_mask.shape == given.shape
+    if own and context.padded is False:
+        return {**kwargs, "attention_mask": None}
+    skips = ("allow_is_causal_skip", "allow_is_bidirectional_skip")
+    return {**kwargs, **{name: False for name in skips if name in kwargs}}
+
+
+def _find_no_documents() -> None:
+    """Keep Transformers from looking for packed documents in the position ids of rows whose layout is known.
+
+    It would build masks that are not used, and wait for the device.
+    """
+    stock = masking_utils.find_packed_sequence_indices
+    if getattr(stock, "knows_layouts", False):
+        return
+
+    @functools.wraps(stock)
+    def find(position_ids: Tensor) -> Tensor | None:
+        return None if current().layout is not None else stock(position_ids)
+
+    find.knows_layouts = True  # type: ignore[attr-defined]
+    masking_utils.find_packed_sequence_indices = find
 
 
 def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

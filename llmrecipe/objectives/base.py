@@ -225,7 +225,7 @@ class Objective:
     def start(self, roles: Roles) -> None:
         """Prepare the objective once before the first step, after calibration: precomputed references, step-0 checks."""
 
-    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:
         """React to an optimizer step; called after each one.
 
         Args:

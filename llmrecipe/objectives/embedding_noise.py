@@ -24,7 +24,7 @@ def noise_of_rows(batch: Batch, noises: list[Tensor]) -> Tensor:
     """Lay the noise (T_i, D) of each row out as its tokens are, (R, T, D)."""
     width = noises[0].shape[-1] if noises else 1
     flat = torch.zeros(batch.input_ids.numel(), width)
-    for last, noise in zip(batch.last.tolist(), noises, strict=False):
+    for last, noise in zip(batch.here.last.tolist(), noises, strict=False):
         flat[last - len(noise) + 1 : last + 1] = noise
     return flat.view(*batch.input_ids.shape, width)
 
@@ -59,14 +59,15 @@ def with_uniform_noise(batch: Batch, draws: Tensor, roles: Roles, alpha: float) 
             for (epoch, row), length in pairs
         ]
 
-    added = {"embedding_noise": noise_of_rows(batch, noise(_lengths(batch), OWN))}
-    if "encoder_mask" in batch.extra:
-        mask = batch.extra["encoder_mask"]
+    here = batch.here
+    added = {"embedding_noise": noise_of_rows(here, noise(_lengths(here), OWN))}
+    if "encoder_mask" in here.extra:
+        mask = here.extra["encoder_mask"]
         found = torch.zeros(*mask.shape, width)
         for place, one in enumerate(noise(mask.sum(1).tolist(), READ)):
             found[place, : len(one)] = one
         added["encoder_noise"] = found
-    return batch.with_extra(**{name: tensor.to(batch.input_ids.device) for name, tensor in added.items()})
+    return batch.with_extra(**added)
 
 
 def _lengths(batch: Batch) -> list[int]:

@@ -105,8 +105,9 @@ class FeatureInputs:
         batch = roles.layout(sequences or [filler], [row["row"] for row in rows], packed=packed)
         batch = batch if rows else replace(batch, tokens=0)
         if int(getattr(roles.model.config, "type_vocab_size", 0) or 0) > 1:
-            types = torch.zeros_like(batch.input_ids).flatten()
-            types = types if batch.slots is None else types.index_fill(0, batch.slots.index, 1)
+            here = batch.here
+            types = torch.zeros_like(here.input_ids).flatten()
+            types = types if here.slots is None else types.index_fill(0, here.slots.index, 1)
             batch = batch.with_extra(token_type_ids=types.view_as(batch.input_ids))
         return batch
 

@@ -13,7 +13,7 @@ from llmrecipe.data.collate import Batch, Sequence, pad
 from llmrecipe.engine.logprob import NOTHING
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures
-from llmrecipe.objectives.examples import padded_texts
+from llmrecipe.objectives.examples import padded_on_host
 
 LOG_HALF = -math.log(2.0)
 
@@ -103,7 +103,7 @@ def pair_batch(texts: Seq[list[int]], answers: Seq[Sequence], rows: Seq[int], ro
     start = int(roles.model.config.decoder_start_token_id)
     decoder = [Sequence([start, *s.ids], [0, *s.trained], task=s.task) for s in answers]
     encoder = [ids or [roles.pad_id] for ids in texts] or [[roles.pad_id]]
-    ids, mask = padded_texts(encoder, roles)
+    ids, mask = padded_on_host(encoder, roles.pad_id)
     batch = pad(decoder, roles.pad_id, rows=rows, extra={"encoder_ids": ids, "encoder_mask": mask})
     return batch.to(roles.device)
 

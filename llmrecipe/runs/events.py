@@ -20,7 +20,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,18 @@ class Events:
         self._kept: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._file = open(self.path, "a", encoding="utf-8") if self.path is not None else None  # noqa: SIM115 (see close)
+        self._owed: Callable[[], None] | None = None
+
+    def owe(self, report: Callable[[], None]) -> None:
+        """Keep a report whose values are still on their way; it is made before anything else is reported (see `catch_up`)."""
+        self.catch_up()
+        self._owed = report
+
+    def catch_up(self) -> None:
+        """Make the report that is owed, if one is."""
+        report, self._owed = self._owed, None
+        if report is not None:
+            report()
 
     def step(self, step: int, **values: object) -> None:
         """Report one optimizer step: loss, lr, grad_norm, tokens, tokens_per_s, peak_mem_mb and the objective's metrics."""
@@ -118,6 +130,7 @@ class Events:
 
     def mark(self) -> int:
         """Sync the file and return its number of lines, for a checkpoint (see `resume`); 0 on processes that do not report."""
+        self.catch_up()
         if self.path is None or self._file is None:
             return 0
         self._file.flush()
@@ -158,6 +171,7 @@ class Events:
             self._file = None
 
     def _emit(self, kind: str, step: int, values: dict[str, Any], replay: bool = False) -> None:
+        self.catch_up()
         self.last_step = max(self.last_step, step)
         if self._file is None:
             return

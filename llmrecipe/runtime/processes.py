@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(minutes=30)
 """How long a collective waits for a slow rank before the run is stopped."""
 
+HOST_GROUPS = {"cuda": "cuda:nccl,cpu:gloo"}
+"""Device -> backends of a process group that reduces numbers of the host on the host."""
+
 GRACE = 0.2
 """Seconds that threads of the process group get to drop their tensors before it is destroyed."""
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
@@ -115,11 +118,11 @@ class Runtime:
     def _join(cls, kind: str, started: int, section: RuntimeSection) -> Runtime:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
+        backend = {"backend": HOST_GROUPS[kind]} if kind in HOST_GROUPS else {}
+        joined = InitProcessGroupKwargs(timeout=PATIENCE, **backend)
         # Without cpu=True accelerate silently runs N separate training runs on a machine that has no GPU.
         try:
-            accelerator = Accelerator(
-                cpu=kind == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-            )
+            accelerator = Accelerator(cpu=kind == "cpu", gradient_accumulation_steps=1, kwargs_handlers=[joined])
         except (dist.DistError, ValueError) as error:
             _forget_accelerate()
             place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
@@ -171,11 +174,11 @@ class Runtime:
         made: torch.optim.Optimizer = _sharding().Partitioned(groups, build)
         return made
 
-    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Clip the norm of the gradients of some parameters; return the norm before clipping."""
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Clip the norm of the gradients of some parameters; return the norm before clipping, a scalar on their device."""
         if self.in_step:
             return _sharding().clip_norm(parameters, limit, self.sum, self.replicas)
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
+        return nn.utils.clip_grad_norm_(parameters, limit)
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which this process may call the module, or a part of it, without the other processes."""
@@ -229,11 +232,16 @@ class Runtime:
 
     # --- collectives ----------------------------------------------------------------------------------------------
 
+    def _meeting_place(self, tensor: Tensor) -> torch.device:
+        """Return where a tensor is reduced: numbers of the host stay there, so that they do not wait for the device."""
+        on_host = tensor.device.type == "cpu" and self.device.type in ("cpu", *HOST_GROUPS)
+        return tensor.device if on_host else self.device
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over processes, in the tensor's own dtype; the argument is not changed."""
         if self.world == 1:
             return tensor
-        total = tensor.detach().to(self.device, copy=True)
+        total = tensor.detach().to(self._meeting_place(tensor), copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
 
@@ -241,7 +249,7 @@ class Runtime:
         """Return the largest value over processes, elementwise; the argument is not changed."""
         if self.world == 1:
             return tensor
-        largest = tensor.detach().to(self.device, copy=True)
+        largest = tensor.detach().to(self._meeting_place(tensor), copy=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.to(tensor.device)
 
@@ -277,9 +285,10 @@ class Runtime:
 
     def _broadcast(self, content: bytes, source: int) -> bytes:
         # Bytes of JSON rather than torch's object collectives, which pickle.
-        size = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
+        place = self._meeting_place(torch.zeros(()))
+        size = torch.tensor([len(content)], dtype=torch.int64, device=place)
         dist.broadcast(size, source)
-        data = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        data = torch.zeros(int(size), dtype=torch.uint8, device=place)
         if source == self.rank:
             data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(data, source)

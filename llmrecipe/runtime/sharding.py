@@ -28,6 +28,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.data.transfer import exact_float
 from llmrecipe.models.sharded import is_sharded, local, whole, write_whole
 
 
@@ -150,8 +151,8 @@ def _places(model: nn.Module, names: set[str]) -> list[tuple[nn.Parameter, list[
 
 
 @torch.no_grad()
-def clip_norm(parameters: Sequence[nn.Parameter], limit: float, add_up: Callable[[Tensor], Tensor], replicas: int) -> float:
-    """Clip the norm of gradients of which each process holds a part; return the norm before clipping.
+def clip_norm(parameters: Sequence[nn.Parameter], limit: float, add_up: Callable[[Tensor], Tensor], replicas: int) -> Tensor:
+    """Clip the norm of gradients of which each process holds a part; return the norm before clipping, a scalar on their device.
 
     Args:
         add_up: sums a tensor over all processes.
@@ -159,13 +160,13 @@ def clip_norm(parameters: Sequence[nn.Parameter], limit: float, add_up: Callable
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     parts, plain = [local(g) for g in grads if is_sharded(g)], [g for g in grads if not is_sharded(g)]
-    squares = [
-        sum((g.double().square().sum().cpu() for g in some), torch.zeros((), dtype=torch.float64)) for some in (parts, plain)
-    ]
-    norm = float((add_up(squares[0].reshape(1)) / replicas + squares[1]).sqrt())
-    if norm > limit:
-        for grad in (*parts, *plain):
-            grad.mul_(limit / (norm + 1e-6))
+    place = local(grads[0]).device
+    none = torch.zeros((), dtype=exact_float(place), device=place)
+    squares = [sum((g.to(none.dtype).square().sum() for g in some), none) for some in (parts, plain)]
+    norm = (add_up(squares[0].reshape(1)).reshape(()) / replicas + squares[1]).sqrt()
+    factor = torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
+    for grad in (*parts, *plain):
+        grad.mul_(factor)
     return norm
 
 

@@ -15,7 +15,7 @@ from llmrecipe.core.console import Pace, lasting
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.feedback.generated_answers import Scored, answer_rows, score_answers
-from llmrecipe.methods._base.update_rule import Largest, MetricSums, Smallest
+from llmrecipe.methods._base.late_values import Largest, MetricSums, Smallest
 from llmrecipe.training.intervals import RowScores
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import torch
 from llmrecipe.core.errors import ProofError
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import is_head, own_tensors
+from llmrecipe.methods._base.update_rule import LateResult
 from llmrecipe.models.hooks.hook import all_hooks, recorded_calls
 from llmrecipe.training import build_run
 
@@ -35,7 +36,8 @@ def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
     # A compiled graph would be retraced for the watch, and its calls are not seen.
     watch: Any = contextlib.nullcontext() if run.recipe.model.compile else recorded_calls()
     with watch as called:
-        result = rule(run.step_context(), micros)
+        made = rule(run.step_context(), micros)
+        result = made.read() if isinstance(made, LateResult) else made
     if not result.finite:
         return result
     if called is not None:

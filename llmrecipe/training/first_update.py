@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ProofError
 from llmrecipe.core.key_reads import refuse_unread
-from llmrecipe.methods._base.update_rule import StepResult
+from llmrecipe.methods._base.update_rule import LateResult, StepResult
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.sharded import is_sharded, local
@@ -56,7 +56,7 @@ class FirstUpdate:
         with self.run.meter.watch(self.run.model, counted):
             return first_step.checked(rule, self.run, micros)
 
-    def compare(self, result: StepResult) -> None:
+    def compare(self, result: StepResult | LateResult) -> None:
         """Compare the tensors with what they were. Call after the update, while gradients exist.
 
         Raises:
@@ -97,7 +97,7 @@ class FirstUpdate:
         self.before.clear()
         self.seconds += time.perf_counter() - started
 
-    def finalize(self, result: StepResult) -> None:
+    def finalize(self, result: StepResult | LateResult) -> None:
         """Finish the first update: lifecycle hooks and options of the recipe, then the report.
 
         Raises:

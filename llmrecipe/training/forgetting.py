@@ -190,6 +190,7 @@ def _by_row(run: RunState, rows: TokenData, values: Callable[[Batch], Tensor]) -
                 continue
             batch = collate_tokens(part, run.roles)
             sums = batch.sum_by_sequence(values(batch).double())
-            own += [[float(value), float(count)] for value, count in zip(sums.tolist(), batch.counts().tolist(), strict=True)]
+            counts = batch.here.counts().tolist()
+            own += [[float(value), float(count)] for value, count in zip(sums.tolist(), counts, strict=True)]
     parts: list[Any] = run.runtime.gather_json(own)
     return [part[i] for i in range(max(map(len, parts), default=0)) for part in parts if i < len(part)]

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from llmrecipe.core.errors import Interrupted
-from llmrecipe.methods._base.update_rule import backprop
+from llmrecipe.methods._base.update_rule import LateResult, backprop
 from llmrecipe.training.first_update import FirstUpdate
 from llmrecipe.training.unchanged import UnchangedCheck
 
@@ -32,25 +32,34 @@ def train_loop(run: Run) -> None:
     while run.progress.step < run.steps and not run.progress.ended:
         started = time.perf_counter()
         step = run.progress.step
-        if run.stack.before_step(run.model, step):
-            run.rebuild()
-            feed = run.feed()
-        micros = next(feed)
-        run.set_learning_rate(step)
-        result = first.make(rule, micros) if first.pending else rule(run.step_context(), micros)
-        if not result.finite:
-            run.not_finite(result, micros)
-        run.stack.after_step(run.model, step)
-        first.compare(result)
-        run.zero_gradients()
-        run.progress.advance(micros)
-        run.objective.after_step(run.progress.step, result.metrics, run.roles)
-        first.finalize(result)
-        run.report_step(result, micros, time.perf_counter() - started)
-        unchanged.see(run, result.finite)
-        if run.due_evaluation(run.progress.step) and run.evaluate():
-            run.progress.ended = True
-            break
+        run.late = run.reads_late and not first.pending
+        with run.explained():
+            if run.stack.before_step(run.model, step):
+                run.rebuild()
+                feed = run.feed()
+            micros = next(feed)
+            run.set_learning_rate(step)
+            result = first.make(rule, micros) if first.pending else rule(run.step_context(), micros)
+        # The step before: its values have arrived while this one was given to the device.
+        run.catch_up()
+        # Values that are on their way are not read here; an update that was made in vain ends the run.
+        updated = isinstance(result, LateResult) or result.finite
+        if not updated:
+            run.not_finite(step + 1, result, micros)
+        with run.explained():
+            run.stack.after_step(run.model, step)
+            first.compare(result)
+            run.zero_gradients()
+            run.progress.advance(micros)
+            run.objective.after_step(run.progress.step, result.metrics, run.roles)
+            first.finalize(result)
+            run.report_step(result, micros, time.perf_counter() - started)
+            unchanged.see(run, updated)
+        if run.due_evaluation(run.progress.step):
+            run.catch_up()
+            if run.evaluate():
+                run.progress.ended = True
+                break
         if run.stopping() and run.objective.at_boundary():
             run.save()
             raise Interrupted(f"stopped by a signal at step {run.progress.step}; continue with resume={run.dir.path}")
@@ -58,5 +67,6 @@ def train_loop(run: Run) -> None:
         if owed and run.objective.at_boundary():
             run.save()
             owed = False
+    run.catch_up()
     run.save_end()
     run.finish()

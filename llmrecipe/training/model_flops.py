@@ -71,6 +71,7 @@ class ModelFlops:
         """Return the pairs of a query and a key in a micro-batch."""
         if not micro.tokens:
             return 0.0
+        micro = micro.here
         real = torch.ones_like(micro.position_ids) if micro.attention_mask is None else micro.attention_mask
         seen = float(((micro.position_ids + 1) * real).sum())
         # All n keys for each of n queries instead of 1 + 2 + ... + n.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from llmrecipe.core.console import counted, lasting, say
 from llmrecipe.core.errors import RunError
 from llmrecipe.data import order
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.transfer import Arriving
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.reference_policy import PlannedRows, prepare_reference
 from llmrecipe.methods._base.method import Probe
-from llmrecipe.methods._base.update_rule import StepResult
+from llmrecipe.methods._base.update_rule import LateResult, StepResult
 from llmrecipe.optim.optimizer import set_learning_rate
 from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.runs.open_model import original
@@ -61,6 +63,8 @@ class Run(RunState):
                 save_run.restore(run)
                 resume_rules.record(run.dir, composition, run.changes)
         run.first_step = run.progress.step
+        # A CPU has computed what it returns, and a step that may be skipped has to be judged before its update.
+        run.reads_late = run.runtime.device.type != "cpu" and composition.recipe.run.on_nan == "stop"
         return run
 
     # --- data -----------------------------------------------------------------------------------------------------
@@ -137,42 +141,96 @@ class Run(RunState):
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def not_finite(self, result: StepResult, micros: list[Batch]) -> None:
-        """Save the batch, then stop or report that the step was skipped.
+    def not_finite(self, step: int, result: StepResult | LateResult, micros: list[Batch]) -> None:
+        """Save the batch of a step, then stop or report that the step was skipped.
+
+        Args:
+            step: its number, from 1 on.
 
         Raises:
             RunError: `run.on_nan` is `stop`, or too many of the recent steps were skipped.
         """
-        path = save_run.save_batch(self, micros)
-        text = f"step {self.progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the batch is in {path}"
+        found = result.read() if isinstance(result, LateResult) else result
+        path = save_run.save_batch(self, step, micros)
+        text = f"step {step}: loss {found.loss}, gradient norm {found.grad_norm}; the batch is in {path}"
         self.events.warning(text)
         if self.recipe.run.on_nan == "stop":
+            # What came after it is not kept.
+            self.progress.step = step - 1
             raise RunError(f"{text}. A lower optim.lr often helps; run.on_nan=skip leaves such steps out")
         finite_check.skip(self, text)
 
-    def report_step(self, result: StepResult, micros: list[Batch], seconds: float) -> None:
-        """Write the step event, and the step into `status.json` every few seconds."""
+    def report_step(self, result: StepResult | LateResult, micros: list[Batch], seconds: float) -> None:
+        """Write the step event, once its values are here, and the step into `status.json` every few seconds."""
+        step = self.progress.step
         if time.monotonic() - self.noted > NOTED:
-            self.dir.status("running", step=self.progress.step)
+            self.dir.status("running", step=step)
             self.noted = time.monotonic()
-        if self.progress.step % self.recipe.log.every and self.progress.step != self.steps:
-            return
+        facts: dict[str, Any] | None = None
+        own: dict[str, Any] = {}
+        if step % self.recipe.log.every == 0 or step == self.steps:
+            facts, own = self._facts_of_step(micros, seconds), self.stack.metrics(self.model)
+        if isinstance(result, LateResult) and result.found is None:
+            result.start(list(own.values()))
+            batches = [m.here for m in micros]
+            self.events.owe(lambda: self._arrived(result, step, batches, facts, list(own)))
+        elif facts is not None:
+            known = result.read() if isinstance(result, LateResult) else result
+            self._write_step(step, known, facts, dict(zip(own, Arriving(list(own.values())).values(), strict=True)))
+
+    def _arrived(
+        self, result: LateResult, step: int, micros: list[Batch], facts: dict[str, Any] | None, own: list[str]
+    ) -> None:
+        """Write the event of a step whose values have arrived, or keep the error that ends the run (see `catch_up`)."""
+        known = result.read()
+        if not known.finite:
+            try:
+                self.not_finite(step, known, micros)
+            except RunError as error:
+                self.failure = error
+        elif facts is not None:
+            self._write_step(step, known, facts, dict(zip(own, result.more, strict=True)))
+
+    def catch_up(self) -> None:
+        """Write the event that is owed for the newest step, if any.
+
+        Raises:
+            RunError: its loss or its gradients were not finite.
+        """
+        self.events.catch_up()
+        if self.failure is not None:
+            raise self.failure
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Let an earlier step that was not finite explain an error inside the context: what follows it computes with NaN.
+
+        Raises:
+            RunError: there was one.
+        """
+        try:
+            yield
+        except Exception:
+            self.catch_up()
+            raise
+
+    def _facts_of_step(self, micros: list[Batch], seconds: float) -> dict[str, Any]:
+        """Return what the event of the newest step says besides what was computed in it."""
         work = self.flops.step(micros) if self.flops is not None else 0.0
-        own = torch.tensor([sum(m.tokens for m in micros), self.progress.tokens, work], dtype=torch.float64)
-        tokens, total, work = self.runtime.sum(own).tolist()
-        self.events.step(
-            step=self.progress.step,
-            loss=result.loss,
-            lr=self.learning_rate,
-            grad_norm=result.grad_norm,
-            tokens=int(total),
-            tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
-            peak_mem_mb=self.meter.peak_mb(),
+        sums = torch.tensor([sum(m.tokens for m in micros), self.progress.tokens, work], dtype=torch.float64)
+        tokens, total, work = self.runtime.sum(sums).tolist()
+        return {
+            "lr": self.learning_rate,
+            "tokens": int(total),
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "peak_mem_mb": self.meter.peak_mb(),
             **self.batch_rows(),
             **self.utilisation(work, seconds),
-            **result.metrics,
-            **self.stack.metrics(self.model),
-        )
+        }
+
+    def _write_step(self, step: int, result: StepResult, facts: dict[str, Any], own: dict[str, Any]) -> None:
+        found = {"loss": result.loss, "lr": facts["lr"], "grad_norm": result.grad_norm, **facts}
+        self.events.step(step=step, **found, **result.metrics, **own)
 
     def batch_rows(self) -> dict[str, int]:
         """Return the rows of the newest batch over all processes, where batches grow."""
@@ -242,6 +300,7 @@ class Run(RunState):
 
     def save(self) -> Path | None:
         """Write a checkpoint."""
+        self.catch_up()
         started = time.monotonic()
         with lasting(f"writing the checkpoint of step {self.progress.step}"):
             path = save_run.save(self)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmrecipe.core.errors import RunError
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data import order
 from llmrecipe.data.batch_plan import BatchPlan
@@ -121,6 +122,12 @@ class RunState:
     """What utilisation is computed from; None where it is not known."""
     start: StartValues | None = None
     """What the weights were before the first step; None where they are divided, and on processes that do not report."""
+    reads_late: bool = False
+    """Whether values of a step are read while the next one is computed, from the second update on."""
+    late: bool = False
+    """Whether those of the running step are."""
+    failure: RunError | None = None
+    """Why the run ends, found in the values of a step that were read late."""
     signal: int | None = None
     """The signal that stops the run."""
 
@@ -159,10 +166,10 @@ class RunState:
         """Return what the next update may use."""
         return StepContext(
             self.progress.step, self.steps, self.learning_rate, self.recipe.seed, self.dir.path, self.model, self.stack,
-            self.optimizer, self.objective, self.roles, self.runtime, self.total_weight, self.clip,
+            self.optimizer, self.objective, self.roles, self.runtime, self.total_weight, self.clip, self.late,
         )  # fmt: skip
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor | float:
         """Clip the gradient norm over everything that trains; returns the norm before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if not parameters:

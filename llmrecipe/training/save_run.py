@@ -256,10 +256,11 @@ def load_best(run: RunState) -> bool:
     return True
 
 
-def save_batch(run: RunState, micros: list[Batch]) -> Path:
+def save_batch(run: RunState, step: int, micros: list[Batch]) -> Path:
     """Save the token ids of a step that went wrong."""
-    path = run.dir.path / f"bad_step_{run.progress.step + 1:06d}_rank{run.runtime.rank}.json"
-    content = [{"rows": list(m.rows), "input_ids": m.input_ids.tolist(), "target": m.target.tolist()} for m in micros]
+    path = run.dir.path / f"bad_step_{step:06d}_rank{run.runtime.rank}.json"
+    laid_out = [m.here for m in micros]
+    content = [{"rows": list(m.rows), "input_ids": m.input_ids.tolist(), "target": m.target.tolist()} for m in laid_out]
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
 

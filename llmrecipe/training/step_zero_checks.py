@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmrecipe.core.errors import ProofError
-from llmrecipe.methods._base.update_rule import MetricSums
+from llmrecipe.methods._base.late_values import MetricSums
 from llmrecipe.training.startup_report import record_proof
 
 if TYPE_CHECKING:

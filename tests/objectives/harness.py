@@ -17,8 +17,9 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.teacher import Teacher
+from llmrecipe.methods._base.late_values import Largest, Smallest
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.methods._base.update_rule import Largest, Smallest, StepContext, StepResult, backprop
+from llmrecipe.methods._base.update_rule import StepContext, StepResult, backprop
 from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run import Run

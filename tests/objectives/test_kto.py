@@ -107,7 +107,7 @@ def test_the_reference_point_is_clamped_after_the_mean_over_processes(total: flo
     own = plain_z(model) * 5
     micros = next(iter(Kto().batches(iter([ROWS]), roles)))
     roles.runtime = TwoProcesses(total, count)
-    z, raw = reference_point(micros, roles)
+    z, raw = map(float, reference_point(micros, roles))
     assert raw == pytest.approx((own + total) / (5 + count), rel=1e-4)
     assert z == max(0.0, raw) and (z == 0.0) == (total < -own)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmrecipe.engine.logprob import Post, token_logprobs
-from llmrecipe.methods._base.update_rule import Largest, MetricSums, Smallest
+from llmrecipe.methods._base.late_values import Largest, MetricSums, Smallest
 from llmrecipe.objectives.alignment._engines.advantages import clipped_values
 from llmrecipe.objectives.alignment.ppo import Ppo
 from tests.objectives.rollouts import mean_loss, setting, updates
@@ -101,6 +101,8 @@ def test_extremes_are_kept_over_micro_batches_and_processes() -> None:
 
     class Two:
         """The other process saw a largest value of 4, a smallest of -1 and (2, 2) of the mean."""
+
+        world = 2
 
         def sum(self, values: torch.Tensor) -> torch.Tensor:
             return values + torch.tensor([2.0, 2.0], dtype=torch.float64)

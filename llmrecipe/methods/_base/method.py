@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -231,8 +231,8 @@ class Wrapper:
         """Return a context for the optimizer's own step: for methods that keep entries, moments included, out of it."""
         return contextlib.nullcontext()
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Return what the method reports at every step (ranks, masks), by name."""
+    def metrics(self, model: nn.Module) -> Mapping[str, Tensor | float]:
+        """Return what the method reports at every step (ranks, masks), by name; scalars of the device are read later."""
         return {}
 
     def mixes(self) -> Tasks | None:

@@ -194,8 +194,8 @@ class Stack:
                 entered.enter_context(wrapper.stepping(model, optimizer))
             yield
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Return what the wrappers report at every step, each under its name."""
+    def metrics(self, model: nn.Module) -> dict[str, Tensor | float]:
+        """Return what the wrappers report at every step, each under its name; scalars of the device are not read here."""
         return {f"{w.name}/{key}": value for w in self.wrappers for key, value in w.metrics(model).items()}
 
     def rule(self) -> UpdateRule | None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.transfer import Arriving
+from llmrecipe.methods._base.late_values import LateMetrics, MetricSums, _exact
 from llmrecipe.models.hooks.shared_weights import shared_weights
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ class StepContext:
     runtime: Processes
     weight: Callable[[list[Batch]], float]
     """The denominator of a step, over all its micro-batches and processes."""
-    clip: Callable[[], float]
+    clip: Callable[[], Tensor | float]
     """Clips the gradient norm over everything that trains; returns the norm before clipping."""
+    late: bool = False
+    """Whether the update may be made before it is known whether loss and gradients are finite: a later reading ends the run."""
 
 
 @dataclass
@@ -99,80 +101,81 @@ class StepResult:
 class UpdateRule(Protocol):
     """One optimizer step from its micro-batches; the parameters have moved when it returns."""
 
-    def __call__(self, context: StepContext, micros: list[Batch]) -> StepResult:
+    def __call__(self, context: StepContext, micros: list[Batch]) -> StepResult | LateResult:
         """Make one update."""
 
 
-class Largest(NamedTuple):
-    """A metric of which the largest value is kept over micro-batches and processes, not the mean."""
+class LateResult:
+    """What one optimizer step reports, on its way from the device.
 
-    value: Any
-    seen: float = 1.0
-    """Number of items it is the extreme of; 0: there is no value here."""
-
-
-class Smallest(NamedTuple):
-    """A metric of which the smallest value is kept over micro-batches and processes, not the mean."""
-
-    value: Any
-    seen: float = 1.0
-    """Number of items it is the extreme of; 0: there is no value here."""
-
-
-class MetricSums:
-    """name -> (sum, count), added up over micro-batches, then over ranks, divided once.
-
-    Of a metric that is given as `Largest` or `Smallest` that value is kept; nan where no process has one.
+    Args:
+        numbers: the means of its metrics, with the summed loss before and the gradient norm behind their numbers.
+        weight: the denominator of the loss.
     """
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Any] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)
-        self.extremes: dict[str, tuple[float, float]] = {}
-        """Name -> (sign, the largest of sign * value): the smallest value is the largest of the negated ones."""
+    def __init__(self, numbers: LateMetrics, weight: float):
+        self.numbers, self.weight = numbers, weight
+        self.arriving: Arriving | None = None
+        self.found: StepResult | None = None
+        self.more: list[Any] = []
+        """Further numbers that `start` was given, read with the others."""
 
-    def add(self, metrics: Mapping[str, tuple[Any, float]]) -> None:
-        """Add one micro-batch."""
-        for name, entry in metrics.items():
-            value, count = entry
-            if isinstance(entry, Largest | Smallest):
-                sign = 1.0 if isinstance(entry, Largest) else -1.0
-                own = sign * float(value) if count else -math.inf
-                self.extremes[name] = (sign, max(self.extremes.get(name, (sign, -math.inf))[1], own))
-                continue
-            self.sums[name] = self.sums[name] + (value.detach().double() if isinstance(value, torch.Tensor) else value)
-            self.counts[name] += float(count)
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Return the metrics, which are read when one of them is looked up."""
+        return _ReadAtLookup(self)
 
-    def mean(self, runtime: Processes) -> dict[str, float]:
-        """Return means over all ranks; every rank must have seen the same names."""
-        names = sorted(self.sums)
-        extremes = self._extremes(runtime)
-        if not names:
-            return extremes
-        flat = [float(self.sums[n]) for n in names] + [self.counts[n] for n in names]
-        reduced = runtime.sum(torch.tensor(flat, dtype=torch.float64)).tolist()
-        half = len(names)
-        means = {n: reduced[i] / reduced[half + i] if reduced[half + i] else math.nan for i, n in enumerate(names)}
-        return means | extremes
+    @property
+    def finite(self) -> bool:
+        """Return whether loss and gradients are finite; wait until it is known."""
+        return self.read().finite
 
-    def _extremes(self, runtime: Processes) -> dict[str, float]:
-        names = sorted(self.extremes)
-        if not names:
-            return {}
-        found = runtime.maximum(torch.tensor([self.extremes[n][1] for n in names], dtype=torch.float64)).tolist()
-        return {n: math.nan if v == -math.inf else self.extremes[n][0] * v for n, v in zip(names, found, strict=True)}
+    def start(self, more: Sequence[Any] = ()) -> None:
+        """Start the copy to the host.
+
+        Args:
+            more: further numbers, read in the same copy.
+        """
+        self.more = list(more)
+        self.arriving = Arriving([*self.numbers.numbers, *more])
+
+    def read(self) -> StepResult:
+        """Return what the step reports; wait until it is here."""
+        if self.found is None:
+            if self.arriving is None:
+                self.start()
+            assert self.arriving is not None, "it has been started"
+            read, own = self.arriving.values(), len(self.numbers.numbers)
+            loss, norm, self.more = read[0] / self.weight, read[own - 1], read[own:]
+            self.found = StepResult(loss, norm, self.numbers.values(read), _finite(loss) and _finite(norm))
+        return self.found
 
 
-def backprop(context: StepContext, micros: list[Batch]) -> StepResult:
+class _ReadAtLookup(Mapping[str, float]):
+    def __init__(self, result: LateResult):
+        self.result = result
+
+    def __getitem__(self, name: str) -> float:
+        return self.result.read().metrics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.result.read().metrics)
+
+    def __len__(self) -> int:
+        return len(self.result.read().metrics)
+
+
+def backprop(context: StepContext, micros: list[Batch]) -> StepResult | LateResult:
     """Update theta <- optimizer(gradient of sum(loss + auxiliary) / sum(weight) + penalty).
 
     One denominator for the whole step: it is counted over all micro-batches and ranks before the first forward pass.
     Data-parallel wrappers average gradients over ranks, hence the factor `world`. What depends on weights alone is computed
-    once for all micro-batches (see `shared_weights`).
+    once for all micro-batches (see `shared_weights`). Loss, norm and metrics stay on the device and are read in one copy: before
+    the update, which is not made where they are not finite, or where `context.late` after it.
     """
     weight = max(context.weight(micros), 1e-12)
     sums = MetricSums()
-    total = torch.zeros((), dtype=torch.float64)
+    total: Any = 0.0
     passes = context.runtime.passes(len(micros))
     with shared_weights(context.model, passes) as finish_micro:
         for index in range(passes):
@@ -187,18 +190,16 @@ def backprop(context: StepContext, micros: list[Batch]) -> StepResult:
                 value.backward()
                 finish_micro()
             if counts:
-                total += loss.total.detach().double().cpu()
+                total = total + _exact(loss.total)
                 sums.add(loss.metrics)
-    mean = float(context.runtime.sum(total.reshape(1))) / weight
-    norm = context.clip()
-    metrics = sums.mean(context.runtime)
-    if not (_finite(mean) and _finite(norm)):
+    result = LateResult(sums.late(context.runtime, [total], [context.clip()]), weight)
+    if not context.late and not result.read().finite:
         context.optimizer.zero_grad(set_to_none=True)
-        return StepResult(mean, norm, metrics, finite=False)
+        return result.read()
     context.stack.after_backward(context.model, context.step)
     with context.stack.stepping(context.model, context.optimizer):
         context.optimizer.step()
-    return StepResult(mean, norm, metrics)
+    return result if context.late else result.read()
 
 
 def _finite(value: float) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, Layout
+from llmrecipe.data.transfer import to_device
 from llmrecipe.models.kv_cache import prompts_of
 from llmrecipe.models.module_map import anatomy
 
@@ -68,5 +69,5 @@ def _summarised_packed(summary: str, layout: Layout, device: torch.device) -> Te
             whole = segment.length if summary == "all" else 1
             count = max(1, segment.prompt) if summary == "prompt_mean" else whole
             chosen[index, segment.start : segment.start + count] = True
-        layout.cache[key] = chosen.to(device)
+        layout.cache[key] = to_device(chosen, device)
     return layout.cache[key]

@@ -97,8 +97,8 @@ def prepare_gates(model: nn.Module, name: str, pool: str, sites: Iterable[Site])
         add_hook(host_of(model, side), name, DocumentTokensHook(), name)
 
 
-def gate_means(model: nn.Module, name: str) -> dict[str, float]:
+def gate_means(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the mean of a wrapper's gates in the last forward pass, for its metrics."""
     seen = [gate.last for _, _, _, hook in all_hooks(model, name) for gate in hook.modules() if isinstance(gate, InputGate)]
     known = [value for value in seen if value is not None]
-    return {"gate": float(torch.stack(known).mean())} if known else {}
+    return {"gate": torch.stack(known).mean()} if known else {}

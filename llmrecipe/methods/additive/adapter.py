@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt, Rank
@@ -105,7 +105,7 @@ class Adapter(Wrapper):
         gate = InputGate(parts.width, self.gate, self.name, normalized=behind and self.gate_input == "normed")
         return (bottleneck.GatedBehind if behind else bottleneck.GatedBeforeNorm)(parts.width, r, self._shape(), gate)
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the mean gate of the last forward pass, where there are gates."""
         return gate_means(model, self.name) if self.gate != "none" else {}
 

@@ -10,7 +10,7 @@ from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @register
@@ -79,7 +79,7 @@ class PrefixTuning(Wrapper):
         else:
             apt_gates.attach_gated(model, self.name, self.plan(), structure, self.gate)
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the mean gate of the last forward pass, where there are gates."""
         return apt_gates.column_gates(model, self.name) if self.gate != "none" else {}
 

@@ -12,8 +12,9 @@ import torch
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.methods._base.late_values import MetricSums
 from llmrecipe.methods._base.method import Stage, Wrapper
-from llmrecipe.methods._base.update_rule import MetricSums, StepContext, StepResult
+from llmrecipe.methods._base.update_rule import StepContext, StepResult
 from llmrecipe.methods.memory._engines.replay import History, header_of, recall
 from llmrecipe.methods.memory._engines.zeroth_order import (
     InPlace,

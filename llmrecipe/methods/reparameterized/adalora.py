@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.option_types import Literal, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.data.transfer import exact_float
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.biases import open_biases
@@ -130,7 +131,15 @@ class Budget(SharedModule):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros((), dtype=torch.long))
-        self.orth = 0.0
+        self.orth: Tensor | float = 0.0
+        self.read: tuple[tuple[int, int], int] | None = None
+
+    def length(self) -> int:
+        """Return `total`, which is read from the device once after it is written."""
+        written = (id(self.total), self.total._version)
+        if self.read is None or self.read[0] != written:
+            self.read = (written, int(self.total))
+        return self.read[1]
 
 
 @register
@@ -290,7 +299,7 @@ class Adalora(Wrapper):
                     matrices.setdefault(matrix.shape, []).append(low_rank.wide(matrix))
         apart = torch.cat([self._apart(torch.stack(group)) for group in matrices.values()])
         value = apart.mean() if self.orth == "fro_mean" else apart.square().sum()
-        self._shared(model).orth = float(value.detach())
+        self._shared(model).orth = value.detach()
         return self.orth_reg_weight * value
 
     @staticmethod
@@ -321,13 +330,13 @@ class Adalora(Wrapper):
             for hook in hooks:
                 hook.forget()
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self, model: nn.Module) -> dict[str, Tensor | float]:
         """Return the current ranks, and how far P and Q are from orthogonal."""
-        ranks = [float(hook.kept.sum()) for hook in self._hooks(model).values()]
+        ranks = torch.stack([hook.kept.sum() for hook in self._hooks(model).values()])
         return {
-            "rank_mean": sum(ranks) / len(ranks),
-            "rank_min": min(ranks),
-            "rank_max": max(ranks),
+            "rank_mean": ranks.to(exact_float(ranks.device)).mean(),
+            "rank_min": ranks.min(),
+            "rank_max": ranks.max(),
             "orth": self._shared(model).orth,
         }
 
@@ -361,7 +370,7 @@ class Adalora(Wrapper):
         Raises:
             RecipeError: the length of the run is unknown.
         """
-        total = int(self._shared(model).total)
+        total = self._shared(model).length()
         if total == 0:
             raise RecipeError(f"stack.{self.name}.total_step: the length of the run is not known here; set it")
         first, last = (int(v if v >= 1 or v == 0 else v * total) for v in (self.tinit, self.tfinal))

@@ -31,7 +31,7 @@ from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, merge_hooks
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from llmrecipe.models.site import Site
 
@@ -165,7 +165,7 @@ class Lora(Wrapper):
         """Return whether the branch is a fixed change of W: without a gate."""
         return self.gate == "none"
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the mean gate of the last forward pass, where there are gates."""
         return gate_means(model, self.name) if self.gate != "none" else {}
 

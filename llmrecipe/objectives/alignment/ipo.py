@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ class Ipo(WithoutMargin, Objective):
         """Return whether the reference follows the policy: with `ref_sync` it does."""
         return self.ref_sync is not None
 
-    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:
         """Move the reference towards the policy every `ref_sync.steps` steps."""
         follow(self.ref_sync, step, roles)
 

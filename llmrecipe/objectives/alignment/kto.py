@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from llmrecipe.core.option_types import Literal, PositiveFloat, RefSync
 from llmrecipe.core.registry import register
 from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.collate import Batch, Sequence, row_key
+from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.mismatched import (
     divergences,
@@ -122,7 +123,7 @@ class Kto(Objective):
         """Return whether the reference follows the policy: with `ref_sync` it does."""
         return self.ref_sync is not None
 
-    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:
         """Move the reference towards the policy every `ref_sync.steps` steps."""
         follow(self.ref_sync, step, roles)
 
@@ -171,9 +172,9 @@ class Kto(Objective):
                 raise RunError("a step of one row has no mismatched pair for KTO's reference point; use a batch.size above 1")
             paired = with_others(rows, shares, roles.rank)
             micros = [self.collate(part, roles) for part in roles.split(paired)]
-            z, raw = reference_point(micros, roles) if self.loss_type == "kto" else (0.0, 0.0)
-            facts = {"z": torch.tensor([z]), "z_raw": torch.tensor([raw])}
-            yield [m.with_extra(**{k: v.to(roles.device) for k, v in facts.items()}) for m in micros]
+            none = torch.zeros(())
+            z, raw = reference_point(micros, roles) if self.loss_type == "kto" else (none, none)
+            yield [m.with_extra(z=z.float(), z_raw=raw.float()) for m in micros]
 
     def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
         """Yield batches of the rows and of their mismatched pairs."""
@@ -199,17 +200,19 @@ class Kto(Objective):
         z, raw = self._point(batch, roles)
         log_ratio = self._log_ratios(batch, roles)
         good, count = batch.extra["label"], float(log_ratio.shape[0])
+        labels = batch.here.extra["label"]
+        places = [to_device(of.nonzero().squeeze(1), good.device) for of in (labels, ~labels)]
         total = kto_loss(log_ratio, good, z, self.beta, self.weights_for(roles)).sum()
         with torch.no_grad():
             plain = kto_loss(log_ratio, good, z, self.beta).sum()
             rewards = self.beta * log_ratio.detach()
-        chosen, rejected = float(good.sum()), float((~good).sum())
+        chosen, rejected = (float(len(of)) for of in places)
         metrics: dict[str, tuple[Any, float]] = {
             "kl": (z * count, count),
             "kl/raw": (raw * count, count),
             "loss/unweighted": (plain, count),
-            "rewards/chosen": (rewards[good].sum(), chosen),
-            "rewards/rejected": (rewards[~good].sum(), rejected),
+            "rewards/chosen": (rewards[places[0]].sum(), chosen),
+            "rewards/rejected": (rewards[places[1]].sum(), rejected),
             "share/desirable": (chosen, count),
         }
         return Loss(total, metrics)
@@ -259,14 +262,14 @@ class Kto(Objective):
             reference = roles.reference(batch)
         return batch.sum_by_sequence(roles.policy(batch)["logprobs"]) - reference
 
-    def _point(self, batch: Batch, roles: Roles) -> tuple[float, float]:
+    def _point(self, batch: Batch, roles: Roles) -> tuple[Tensor | float, Tensor | float]:
         if "z" in batch.extra:
-            return float(batch.extra["z"]), float(batch.extra["z_raw"])
+            return batch.extra["z"].double(), batch.extra["z_raw"].double()
         if self.loss_type != "kto":
             return 0.0, 0.0
         found = divergences(batch, roles)
-        raw = float(found.mean()) if found.numel() else 0.0
-        return max(raw, 0.0), raw
+        raw = (found.mean() if found.numel() else found.sum()).double()
+        return raw.clamp_min(0.0), raw
 
 
 def _wins(log_ratio: Tensor, good: Tensor, source: Tensor) -> list[float]:

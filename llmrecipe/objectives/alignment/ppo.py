@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -273,7 +274,7 @@ class Ppo(Sampled, Objective):
         clipped = clipped_share(log_ratio.detach().exp(), advantages, self.clip, self.clip)
         own = {
             "policy/loss": (policy.detach().sum(), float(logprobs.numel())),
-            "value/loss": (value.detach(), float(logprobs.numel()) + float(extra["extended"].sum())),
+            "value/loss": (value.detach(), float(logprobs.numel()) + float(batch.here.extra["extended"].sum())),
             "value/clipfrac": (
                 clipped_values(out["values"].detach(), extra["values"], extra["returns"], self.value_clip).sum(),
                 float(logprobs.numel()),
@@ -286,7 +287,7 @@ class Ppo(Sampled, Objective):
             total, rollout_metrics(batch, extra["beta"]), ratio_metrics(log_ratio, clipped, out["entropy"]), own
         )
 
-    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:
         """End a rollout whose policy has moved far enough."""
         if self.target_kl_stop is not None and metrics.get("policy/approxkl", 0.0) > self.target_kl_stop:
             self.live.stop()
@@ -310,8 +311,8 @@ def explained_variance(values: Tensor, returns: Tensor, roles: Roles) -> float:
 def share_slots(micros: list[Batch], roles: Roles | None = None) -> list[Batch]:
     """Give each micro-batch the step's ratio of tokens to value slots, since both losses are divided by the tokens."""
     tokens = float(sum(m.target.numel() for m in micros))
-    slots = tokens + sum(float(m.extra["extended"].sum()) for m in micros if "extended" in m.extra)
+    slots = tokens + sum(float(m.here.extra["extended"].sum()) for m in micros if "extended" in m.extra)
     if roles is not None:
         tokens, slots = roles.sum([tokens, slots])
     share = tokens / slots if slots else 1.0
-    return [m.with_extra(slots=m.extra["score"].new_tensor(share)) for m in micros]
+    return [m.with_extra(slots=m.here.extra["score"].new_tensor(share)) for m in micros]

@@ -115,14 +115,14 @@ class Reward(Objective):
         """
         batch = collate_pairs(rows, roles, soft=None)
         if self.margin and (margins := margins_of(rows)) is not None:
-            batch = batch.with_extra(margin=torch.tensor(margins, device=roles.device))
+            batch = batch.with_extra(margin=torch.tensor(margins))
         lengths = [[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows]
-        extra = {"lengths": torch.tensor(lengths, dtype=torch.float32, device=roles.device).reshape(-1, 2)}
+        extra = {"lengths": torch.tensor(lengths, dtype=torch.float32).reshape(-1, 2)}
         if self.pooling == "last_non_pad_id" and rows:
-            extra["pool"] = _last_non_pad(batch, rows, roles.pad_id).to(roles.device)
-        none = torch.zeros(0, dtype=torch.long, device=roles.device)
-        batch = dataclasses.replace(batch, source=none, target=none, sequence=none)
-        return batch.with_extra(**extra)
+            extra["pool"] = _last_non_pad(batch, rows, roles.pad_id)
+        none = torch.zeros(0, dtype=torch.long)
+        untargeted = dataclasses.replace(batch.here, source=none, target=none, sequence=none)
+        return untargeted.with_extra(**extra).to(roles.device)
 
     def measures(self) -> Measures:
         """Return metrics of how well the scores separate the answers; their level and spread are neither good nor bad."""
@@ -232,7 +232,7 @@ def normalisation(chosen: Tensor, rejected: Tensor, kind: str) -> tuple[float, f
 
 def _last_non_pad(batch: Batch, rows: list[dict[str, Any]], pad_id: int) -> Tensor:
     """Find the index of each sequence's last token that is not the padding token, (S,)."""
-    found = batch.last.cpu().clone()
+    found = batch.here.last.clone()
     for i, row in enumerate(rows):
         prompt = _trailing(row["prompt_ids"], pad_id)
         found[3 * i] -= prompt

@@ -65,7 +65,7 @@ class Caption(FeatureInputs, Objective):
         """Lay texts out behind their features."""
         sequences = [replace(s, features=self.vectors(row)) for s, row in zip(sequences_of(rows), rows, strict=True)]
         packed = language_head(roles.model.config) == "causal"
-        views = torch.tensor([VIEWS.index(row.get(VIEW, OWN)) for row in rows], dtype=torch.long, device=roles.device)
+        views = torch.tensor([VIEWS.index(row.get(VIEW, OWN)) for row in rows], dtype=torch.long)
         return self.lay_out(sequences, rows, roles, packed).with_extra(**{VIEW: views})
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
@@ -78,7 +78,7 @@ class Caption(FeatureInputs, Objective):
         out, views = roles.policy(batch, want="continued"), batch.extra[VIEW]
         right = out["correct"].float()
         rows = len(views)
-        whole = (batch.sum_by_sequence(right)[:rows] == batch.counts().to(right.device)[:rows]).float()
+        whole = (batch.sum_by_sequence(right)[:rows] == batch.counts()[:rows]).float()
         found: dict[str, tuple[Any, float]] = {}
         for number, view in enumerate(VIEWS):
             mine = views[batch.sequence] == number if rows else torch.zeros_like(batch.sequence, dtype=torch.bool)

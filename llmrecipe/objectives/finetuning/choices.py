@@ -35,7 +35,7 @@ def choice_softmax(scores: Tensor, row: Tensor, right: Tensor, rows: int) -> Ten
     Args:
         scores: (C,) b of each choice.
         row: (C,) which row a choice belongs to.
-        right: (C,) one right choice a row.
+        right: (R,) places of the right choices, one a row.
         rows: R.
     """
     top = scores.new_full((rows,), float("-inf")).scatter_reduce(0, row, scores.detach(), "amax")
@@ -46,14 +46,14 @@ def choice_softmax(scores: Tensor, row: Tensor, right: Tensor, rows: int) -> Ten
 def choice_scores(logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return (summed log-probability, number of tokens) of each choice, both (C,), from token log-probabilities (N,)."""
     choices = batch.extra["choice"]
-    return batch.sum_by_sequence(logprobs)[choices], batch.counts().to(logprobs)[choices]
+    return batch.sum_by_sequence(logprobs)[choices], batch.counts().to(logprobs.dtype)[choices]
 
 
 def lay_out_choices(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     """Lay out each prompt (once for decoders) and every choice that continues it.
 
     `extra` says which sequence is a choice, of which row, and whether it is the right one: `choice`, `choice_row` and
-    `choice_right`, (C,) each.
+    `choice_right`, (C,) each; and which of the choices are right ones, `right_places`, and which are not, `wrong_places`.
     """
     sequences: list[Sequence] = []
     whole: list[dict[str, Any]] = []
@@ -74,12 +74,13 @@ def lay_out_choices(rows: list[dict[str, Any]], roles: Roles) -> Batch:
         batch = collate_tokens(whole, roles)
     else:
         batch = roles.layout(sequences, [row["row"] for row in rows])
-    columns = torch.tensor(places, dtype=torch.long, device=roles.device).view(len(places), 3).unbind(1)
+    columns = torch.tensor(places, dtype=torch.long).view(len(places), 3).unbind(1)
+    right = columns[2].bool()
     sizes = {
-        name: torch.tensor([size for row in rows for size in row[column]], dtype=torch.long, device=roles.device)
-        for name, column in SIZES.items()
+        name: torch.tensor([size for row in rows for size in row[column]], dtype=torch.long) for name, column in SIZES.items()
     }
-    return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=columns[2].bool(), **sizes)
+    places_of = {"right_places": right.nonzero().squeeze(1), "wrong_places": (~right).nonzero().squeeze(1)}
+    return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=right, **places_of, **sizes)
 
 
 @register
@@ -138,15 +139,15 @@ class Choices(Objective):
 
     def weight(self, batch: Batch) -> float:
         """Return the number of rows, the loss denominator."""
-        return float(batch.extra["choice_right"].sum())
+        return float(len(batch.extra["right_places"]))
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed loss of the rows."""
         logprobs = roles.policy(batch)["logprobs"]
-        row, right, count = batch.extra["choice_row"], batch.extra["choice_right"], int(self.weight(batch))
+        row, right, wrong = (batch.extra[name] for name in ("choice_row", "right_places", "wrong_places"))
+        count = int(self.weight(batch))
         sums, tokens = choice_scores(logprobs, batch)
         scores = sums / tokens.clamp_min(1.0)
-        wrong = ~right
         against = batch.sum_by_sequence(unlikelihood(logprobs, self.unlikelihood_floor))[batch.extra["choice"]]
         zeros = logprobs.new_zeros(count)
         likely = -zeros.index_add(0, row[right], scores[right])
@@ -162,15 +163,17 @@ class Choices(Objective):
         ranked_by = {"rank_accuracy": scores.detach(), "rank_accuracy/sum": sums.detach()}
         for name in SIZES:
             ranked_by[f"rank_accuracy/{name}"] = sums.detach() / batch.extra[name].clamp_min(1)
-        return Loss(total.sum(), {**metrics, **self._ranks(ranked_by, row, right, count)})
+        return Loss(total.sum(), {**metrics, **self._ranks(ranked_by, batch, count)})
 
-    def _ranks(self, ranked_by: dict[str, Tensor], row: Tensor, right: Tensor, count: int) -> dict[str, tuple[Any, float]]:
+    def _ranks(self, ranked_by: dict[str, Tensor], batch: Batch, count: int) -> dict[str, tuple[Any, float]]:
         """Count how often the right answer is above every wrong one, of the rows that have a wrong one."""
         found = {}
-        wrong = ~right
+        row, right, wrong = (batch.extra[name] for name in ("choice_row", "right_places", "wrong_places"))
+        here = batch.here.extra
+        of = float(here["choice_row"][here["wrong_places"]].unique().numel())
         compared = torch.zeros(count, dtype=torch.bool, device=row.device).index_fill(0, row[wrong], True)
         for name, values in ranked_by.items():
             best = values.new_full((count,), float("-inf")).scatter_reduce(0, row[wrong], values[wrong], "amax")
             own = values.new_zeros(count).index_add(0, row[right], values[right])
-            found[name] = (((own > best) & compared).sum(), float(compared.sum()))
+            found[name] = (((own > best) & compared).sum(), of)
         return found

@@ -94,19 +94,19 @@ class ExtractiveQa(Objective):
         typed = bool(windows) and "type_ids" in windows[0][1]
         batch = roles.layout(sequences, [r["row"] for r in rows], packed=not typed)
         if typed:
-            types = torch.zeros_like(batch.input_ids)
+            types = torch.zeros_like(batch.here.input_ids)
             for i, (_, window) in enumerate(windows):
                 types[i, : len(window["type_ids"])] = torch.tensor(window["type_ids"])
             batch = batch.with_extra(token_type_ids=types)
-        lengths = torch.tensor([len(s.ids) for s in sequences], dtype=torch.long, device=roles.device)
-        columns = torch.arange(int(lengths.max()) if windows else 0, device=roles.device)
+        lengths = torch.tensor([len(s.ids) for s in sequences], dtype=torch.long)
+        columns = torch.arange(int(lengths.max()) if windows else 0)
         real = columns < lengths[:, None]
         spans = {n: _table([w[n] for _, w in windows], len(columns)) for n in ("begins", "ends")}
         singles = {n: torch.tensor([w[n] for _, w in windows], dtype=torch.long) for n in ("starts", "stops", "nulls")}
         owner = torch.tensor([number for number, _ in windows], dtype=torch.long)
-        moved = {n: t.to(roles.device) for n, t in {**spans, **singles, "owner": owner}.items()}
         texts = tuple((row["context"], *json.loads(row["answers"])) for row in rows)
-        return batch.with_texts(texts).with_extra(place=_places(batch.last[: len(windows)], real), real=real, **moved)
+        places = _places(batch.here.last[: len(windows)], real)
+        return batch.with_texts(texts).with_extra(place=places, real=real, **spans, **singles, owner=owner)
 
     def measures(self) -> Measures:
         """Return the accuracy of windows, exact match and F1 of answers, and both for questions with and without one."""
@@ -132,7 +132,7 @@ class ExtractiveQa(Objective):
         A question is answered from all its windows, so its row is whole, and how many passes it takes is its process's own
         matter: none of them waits for another process.
         """
-        real = batch.extra["real"]
+        real = batch.here.extra["real"]
         lengths = real.sum(1)
         cuts = chunk_cuts(lengths.tolist(), None, roles.micro_tokens or micro_tokens(roles.device))
         with torch.no_grad(), roles.alone():
@@ -141,7 +141,7 @@ class ExtractiveQa(Objective):
             found = []
             for first, last in Pool(cuts=cuts).chunks(len(lengths)):
                 part = part_of_batch(batch, first, last)
-                found.append(self._scores(part.with_extra(place=_places(part.last, real[first:last])), roles))
+                found.append(self._scores(part.with_extra(place=_places(part.here.last, real[first:last])), roles))
             return torch.cat(found)
 
     def _loss(self, batch: Batch, scores: Tensor) -> Loss:

@@ -144,8 +144,8 @@ class HyperMtf(Objective):
             return with_examples(batch, own, roles)
         answers = [_digests(row) for row in rows]
         return with_examples(batch, own, roles, [self._examples(row, roles, 1) for row in rows]).with_extra(
-            task=torch.tensor([int(row["task"]) for row in rows], device=roles.device),
-            answer=torch.tensor([d for own in answers for d in own], device=roles.device),
+            task=torch.tensor([int(row["task"]) for row in rows]),
+            answer=torch.tensor([d for own in answers for d in own]),
         )
 
     def examples_of(self, data: Rows, indices: list[int], roles: Roles) -> tuple[Tensor, Tensor]:
@@ -177,32 +177,37 @@ class HyperMtf(Objective):
 
     def weight(self, batch: Batch) -> float:
         """Return the number of tokens of right answers, the loss denominator."""
-        right = batch.extra["choice"][batch.extra["choice_right"]]
-        return float(batch.counts().to(right.device)[right].sum())
+        here = batch.here
+        return float(here.counts()[here.extra["choice"][here.extra["right_places"]]].sum())
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed negative log-likelihood of the right answers."""
         return self._answers(batch, roles)[0]
 
     def _answers(self, batch: Batch, roles: Roles) -> tuple[Loss, Tensor]:
-        """Return the loss of the right answers, and the place (R,) of the likeliest choice of each row, 0 the right one."""
+        """Return the loss of the right answers, and the mean log-probability of a token of each choice, (C,)."""
         out = roles.policy(batch)
         sums, tokens = choice_scores(out["logprobs"], batch)
-        right, count = batch.extra["choice_right"], self.weight(batch)
+        right, count = batch.extra["right_places"], self.weight(batch)
         correct, _ = choice_scores(out["correct"].to(sums.dtype), batch)
         total = -sums[right].sum()
         loss = Loss(total, {"nll": (total.detach(), count), "accuracy": (correct[right].sum(), count)})
-        return loss, likeliest((sums / tokens.clamp_min(1.0)).detach(), batch.extra["choice_row"])
+        return loss, (sums / tokens.clamp_min(1.0)).detach()
+
+    def _ranked(self, batch: Batch, roles: Roles) -> tuple[Loss, Tensor]:
+        """Return the loss of the right answers, and the place (R,) of the likeliest choice of each row, 0 the right one."""
+        loss, scores = self._answers(batch, roles)
+        return loss, likeliest(scores, batch.extra["choice_row"])
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """Return loss and ranks, with the examples of the row's task and with those of another."""
-        loss, best = self._answers(batch, roles)
+        loss, best = self._ranked(batch, roles)
         ranked = _has_wrong(batch)
         share = float(ranked.sum())
         found = {"loss": (loss.total, self.weight(batch)), **loss.metrics}
         found["rank_accuracy"] = (((best == 0) & ranked).sum(), share)
         if (other := under_others(batch)) is not None:
-            loss, best = self._answers(other, roles)
+            loss, best = self._ranked(other, roles)
             found["nll/other_task"] = loss.metrics["nll"]
             found["rank_accuracy/other_task"] = (((best == 0) & ranked).sum(), share)
         return found
@@ -211,7 +216,7 @@ class HyperMtf(Objective):
         """Return the task, the right answer and the likeliest one of each row with a choice, as whole numbers, (R,) each."""
         if "answer" not in batch.extra:
             return {}
-        _, best = self._answers(batch, roles)
+        _, best = self._ranked(batch, roles)
         first = _firsts(batch.extra["choice_row"], len(best))
         answers, ranked = batch.extra["answer"], _has_wrong(batch)
         chosen = torch.where(ranked, answers[first + best], UNKNOWN)

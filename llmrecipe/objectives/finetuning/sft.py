@@ -76,17 +76,18 @@ class Sft(Objective):
         batch = collate_tokens(rows, roles)
         weights = target_weights(rows)
         if weights is not None:
-            batch = batch.with_extra(weights=weights.to(roles.device))
+            batch = batch.with_extra(weights=weights)
         return batch.with_extra(noise_draws=noise_draws(rows)) if self.neftune_alpha else batch
 
     def weight(self, batch: Batch) -> float:
         """Return the sum of the weights of the supervised tokens: their number where no row has weights."""
-        return math.fsum(batch.extra["weights"].tolist()) if "weights" in batch.extra else super().weight(batch)
+        here = batch.here.extra
+        return math.fsum(here["weights"].tolist()) if "weights" in here else super().weight(batch)
 
     def training_loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the loss of rows that are trained on, the only ones that are read with noise."""
         if self.neftune_alpha:
-            batch = with_uniform_noise(batch, batch.extra["noise_draws"], roles, self.neftune_alpha)
+            batch = with_uniform_noise(batch, batch.here.extra["noise_draws"], roles, self.neftune_alpha)
         return super().training_loss(batch, roles)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:

@@ -59,7 +59,7 @@ class TokenClassification(Objective):
         """Lay rows out with `tag` (M,) of each trained token, its `place` (M,) in the flattened states, and `first` (M,)."""
         sequences = [Sequence(r["ids"], [0] * len(r["ids"]), prompt=len(r["ids"])) for r in rows]
         batch = roles.layout(sequences, [r["row"] for r in rows])
-        ends = batch.last.tolist()
+        ends = batch.here.last.tolist()
         found: list[tuple[int, int, int, int]] = []
         for number, row in enumerate(rows):
             start = ends[number] - len(row["ids"]) + 1
@@ -70,7 +70,7 @@ class TokenClassification(Objective):
                 if word >= 0 and (first or self.subwords == "all"):
                     found.append((start + place, row["label"][word], int(first), number))
                 known = max(known, word)
-        columns = torch.tensor(found, dtype=torch.long, device=roles.device).view(len(found), 4).unbind(1)
+        columns = torch.tensor(found, dtype=torch.long).view(len(found), 4).unbind(1)
         return batch.with_extra(place=columns[0], tag=columns[1], first=columns[2].bool(), owner=columns[3])
 
     def measures(self) -> Measures:
@@ -94,7 +94,7 @@ class TokenClassification(Objective):
         tags, first = batch.extra["tag"], batch.extra["first"]
         right = (scores.argmax(-1) == tags) & first
         total = F.cross_entropy(scores, tags, reduction="sum") if tags.numel() else scores.sum() * 0.0
-        return Loss(total, {"accuracy": (right.sum(), float(first.sum()))})
+        return Loss(total, {"accuracy": (right.sum(), float(batch.here.extra["first"].sum()))})
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """Return the loss and the accuracy, and counts of entities where the tags stand for some."""

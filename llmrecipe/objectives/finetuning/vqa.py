@@ -71,8 +71,8 @@ class Vqa(FeatureInputs, Objective):
         sequences = [
             Sequence(row["ids"], [0] * n, prompt=n, features=self.vectors(row)) for row, n in zip(rows, length, strict=True)
         ]
-        labels = torch.tensor([row["label"] for row in rows], dtype=torch.long, device=roles.device)
-        views = torch.tensor([VIEWS.index(row.get(VIEW, OWN)) for row in rows], dtype=torch.long, device=roles.device)
+        labels = torch.tensor([row["label"] for row in rows], dtype=torch.long)
+        views = torch.tensor([VIEWS.index(row.get(VIEW, OWN)) for row in rows], dtype=torch.long)
         return self.lay_out(sequences, rows, roles).with_extra(labels=labels, **{VIEW: views})
 
     def weight(self, batch: Batch) -> float:

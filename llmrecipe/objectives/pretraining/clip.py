@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -119,8 +120,8 @@ class Clip(FeatureInputs, Objective):
         lengths = [s.slots + len(s.ids) for s in (*pictures, *texts)]
         cuts = chunk_cuts(lengths, self.chunk or (roles.micro_rows and 2 * roles.micro_rows), roles.micro_tokens)
         return batch.with_extra(
-            keys=torch.tensor(keys, dtype=torch.long, device=roles.device).view(-1, 2),
-            cuts=torch.tensor(cuts, dtype=torch.long, device=roles.device),
+            keys=torch.tensor(keys, dtype=torch.long).view(-1, 2),
+            cuts=torch.tensor(cuts, dtype=torch.long),
         )
 
     def weight(self, batch: Batch) -> float:
@@ -132,7 +133,7 @@ class Clip(FeatureInputs, Objective):
     def _embed(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor]:
         """Return the vectors of pictures and of texts, (R, P) each; products of two are u . v / T."""
         kind = self.pool or ("last" if language_head(roles.model.config) == "causal" else "avg")
-        z = roles.policy(batch, want="pooled", pool=Pool(kind, HEAD, tuple(batch.extra["cuts"].tolist())))["pooled"]
+        z = roles.policy(batch, want="pooled", pool=Pool(kind, HEAD, tuple(batch.here.extra["cuts"].tolist())))["pooled"]
         rows = len(batch.extra["keys"])
         return z[:rows], z[rows : 2 * rows]
 
@@ -155,7 +156,7 @@ class Clip(FeatureInputs, Objective):
         metrics = {"accuracy": (torch.cat(found).sum() / 2, count), "temperature": (temperature.sum(), count)}
         return Loss(torch.cat(losses).sum() / 2, metrics)
 
-    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:
         """Keep the temperature where it is allowed."""
         head = roles.engine.head_of(HEAD)
         assert isinstance(head, ProjectionHead), "made by `prepare_model`"

@@ -17,6 +17,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, Sequence, row_key
 from llmrecipe.data.prepare import Rows, SplitRows
 from llmrecipe.data.token_data import TokenData
+from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.pooling import Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
@@ -249,7 +250,7 @@ class Contrastive(Objective):
 
     def weight(self, batch: Batch) -> float:
         """Return the number of anchors, the loss denominator."""
-        return float(batch.extra["paired"].sum())
+        return float(batch.here.extra["paired"].sum())
 
     # --- loss -----------------------------------------------------------------------------------------------------
 
@@ -257,7 +258,7 @@ class Contrastive(Objective):
         """Return the vector of every text, (S, D)."""
         kind = self.pool_of(roles.model)
         head = HEAD if self._has_mlp(kind) and (roles.engine.training or not self.mlp_only_train) else None
-        pool = Pool(kind, head, tuple(batch.extra["cuts"].tolist()))
+        pool = Pool(kind, head, tuple(batch.here.extra["cuts"].tolist()))
         return roles.policy(batch, want="pooled", pool=pool)["pooled"]
 
     def _vectors(self, z: Tensor, extra: Mapping[str, Tensor]) -> Vectors:
@@ -279,7 +280,7 @@ class Contrastive(Objective):
         """Return the summed loss of the anchors."""
         z = self._embed(batch, roles)
         own = self._vectors(z, batch.extra)
-        chosen = own.paired.nonzero().squeeze(-1)
+        chosen = to_device(batch.here.extra["paired"].nonzero().squeeze(-1), z.device)
         count = float(len(chosen))
         metrics: dict[str, tuple[Any, float]] = {}
         if self.whole_step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -214,7 +214,7 @@ class Dae(Denoising, Objective):
             places = [[i for i, flag in enumerate(flags) if flag] for flags in trained]
             batch = at_own_places(roles.layout(sequences, numbers), [one.target for one in noised], places)
             if self.sigma:
-                batch = batch.with_extra(embedding_noise=self._embedding_noise(batch, rows, roles).to(roles.device))
+                batch = batch.with_extra(embedding_noise=self._embedding_noise(batch, rows, roles))
         copied = [one for row, flags in zip(noised, trained, strict=True) for one, flag in zip(row.copied, flags) if flag]
         marks = [row.get("outlier") for row in rows]
         extra = {
@@ -223,7 +223,7 @@ class Dae(Denoising, Objective):
             "noised": torch.tensor([sum(one.noised for one in noised), sum(one.tokens for one in noised)]),
             "outlier": torch.tensor([math.nan if mark is None else float(mark) for mark in marks], dtype=torch.float64),
         }
-        return batch.with_extra(**{name: tensor.to(batch.last.device) for name, tensor in extra.items()})
+        return batch.with_extra(**extra)
 
     def _trained(self, row: NoisedRow, kind: str) -> list[int]:
         """Return which tokens of the target are predicted."""
@@ -252,7 +252,7 @@ class Dae(Denoising, Objective):
         """Return the summed negative log-likelihood (or squared error) of the targets."""
         losses, correct, metrics = self._predicted(batch, roles)
         count, rows = float(losses.numel()), len(batch.rows)
-        noised, tokens = batch.extra["noised"].tolist()
+        noised, tokens = batch.here.extra["noised"].tolist()
         metrics["accuracy"] = (correct.sum(), count)
         for name in ("corrupted", "copied"):
             chosen = batch.extra[name]
@@ -285,7 +285,7 @@ class Dae(Denoising, Objective):
         spread = embedding_target.variance(table)
         return losses, correct, {"loss/copy": (copied, count), "target_variance": (spread * count, count)}
 
-    def after_step(self, step: int, metrics: dict[str, float], roles: Roles) -> None:
+    def after_step(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:
         """Move the targets, and warn once where they have collapsed."""
         if self.form != "mse":
             return

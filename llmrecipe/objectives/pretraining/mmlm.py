@@ -83,7 +83,7 @@ class Mmlm(FeatureInputs, MaskedTokens, Objective):
         ]
         batch = self.lay_out(sequences, rows, roles)
         batch = masked_targets(batch, [row["ids"] for row in rows], hidden)
-        return batch.with_extra(**self._kinds_of_target(rows, hidden, batch.last.device))
+        return batch.with_extra(**self._kinds_of_target(rows, hidden))
 
     def _hidden(self, row: dict[str, Any], roles: Roles) -> Hidden:
         words = row["words"]
@@ -91,7 +91,7 @@ class Mmlm(FeatureInputs, MaskedTokens, Objective):
             words = [word if mark else SPECIAL for word, mark in zip(words, row[ATTRIBUTE], strict=True)]
         return self.hide_tokens(row["ids"], words, row, roles)
 
-    def _kinds_of_target(self, rows: list[dict[str, Any]], hidden: list[Hidden], device: torch.device) -> dict[str, Tensor]:
+    def _kinds_of_target(self, rows: list[dict[str, Any]], hidden: list[Hidden]) -> dict[str, Tensor]:
         """Return view -> which of the N targets are in a row of that view, and which are tokens of an attribute."""
         views = [row.get(VIEW, OWN) for row, found in zip(rows, hidden) for _ in found.places]
         marks = [
@@ -99,7 +99,7 @@ class Mmlm(FeatureInputs, MaskedTokens, Objective):
         ]
         kinds = {view: [i for i, one in enumerate(views) if one == view] for view in VIEWS}
         kinds[ATTRIBUTE] = [i for i, mark in enumerate(marks) if mark]
-        return {name: torch.tensor(places, dtype=torch.long, device=device) for name, places in kinds.items()}
+        return {name: torch.tensor(places, dtype=torch.long) for name, places in kinds.items()}
 
     # --- the loss -------------------------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ class Nsp(MaskedTokens, Objective):
             if self.with_mlm:
                 own = [sum(float(m.target.numel()) for m in micros), sum(self.weight(m) for m in micros)]
                 tokens, pairs = roles.sum(own)
-                scale = torch.tensor(pairs / max(tokens, 1.0), device=roles.device)
+                scale = torch.tensor(pairs / max(tokens, 1.0))
                 micros = [micro.with_extra(scale=scale) for micro in micros]
             yield micros
 
@@ -143,22 +143,22 @@ class Nsp(MaskedTokens, Objective):
             hidden = [Hidden([], [], []) for _ in made]
         sequences: list[Sequence] = [corrupted(ids, found) for (ids, *_), found in zip(made, hidden, strict=True)]
         batch = masked_targets(roles.layout(sequences), [ids for ids, *_ in made], hidden)
-        device = batch.last.device
-        lengths = torch.tensor([len(ids) for ids, *_ in made], dtype=torch.long, device=device)
-        starts = (batch.last[: len(made)] - lengths + 1) if made else lengths
-        labels = torch.tensor([int(pair.is_next) for _, _, pair, _, _ in made], dtype=torch.long, device=device)
+        here = batch.here
+        lengths = torch.tensor([len(ids) for ids, *_ in made], dtype=torch.long)
+        starts = (here.last[: len(made)] - lengths + 1) if made else lengths
+        labels = torch.tensor([int(pair.is_next) for _, _, pair, _, _ in made], dtype=torch.long)
         batch = batch.with_extra(pool=starts, is_next=labels)
         classes = {
             "next": [i for i, (_, _, pair, _, _) in enumerate(made) if pair.is_next],
             "other": [i for i, (_, _, pair, _, _) in enumerate(made) if not pair.is_next],
         }
-        batch = batch.with_extra(**{k: torch.tensor(v, dtype=torch.long, device=device) for k, v in classes.items()})
+        batch = batch.with_extra(**{k: torch.tensor(v, dtype=torch.long) for k, v in classes.items()})
         if int(getattr(roles.model.config, "type_vocab_size", 0) or 0) > 1:
             heads = [len(before) + len(pair.first) + len(between) for _, _, pair, _, _ in made]
             second = [(i, j) for i, (ids, *_) in enumerate(made) for j in range(heads[i], len(ids))]
-            owner = torch.tensor([i for i, _ in second], dtype=torch.long, device=device)
-            places = starts[owner] + torch.tensor([j for _, j in second], dtype=torch.long, device=device)
-            types = torch.zeros_like(batch.input_ids).flatten().index_fill(0, places, 1)
+            owner = torch.tensor([i for i, _ in second], dtype=torch.long)
+            places = starts[owner] + torch.tensor([j for _, j in second], dtype=torch.long)
+            types = torch.zeros_like(here.input_ids).flatten().index_fill(0, places, 1)
             batch = batch.with_extra(token_type_ids=types.view_as(batch.input_ids))
         return batch
 

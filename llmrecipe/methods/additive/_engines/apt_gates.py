@@ -156,10 +156,10 @@ class ColumnsGate(Hook):
             return call(**inputs)
 
 
-def column_gates(model: nn.Module, name: str) -> dict[str, float]:
+def column_gates(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the mean of a wrapper's gates in the last forward pass, for its metrics."""
     seen = [hook.last for _, _, _, hook in all_hooks(model, name) if isinstance(hook, ColumnsGate) and hook.last is not None]
-    return {"gate": float(torch.stack(seen).mean())} if seen else {}
+    return {"gate": torch.stack(seen).mean()} if seen else {}
 
 
 def gate_count(model: nn.Module, name: str) -> int:

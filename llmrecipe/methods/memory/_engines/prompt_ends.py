@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Layout, activate, current
+from llmrecipe.data.transfer import to_device
 from llmrecipe.methods._engines.document_tokens import stack_input
 from llmrecipe.methods.additive._engines.virtual_tokens import Where
 from llmrecipe.models.hooks.hook import Hook
@@ -34,6 +35,10 @@ class EditedTokens:
     """(M,) flat into R * T, ascending."""
     slot: Tensor
     """(M,) distance from that end of the prompt: 0 for its first token, or for its last."""
+
+    def to(self, device: torch.device) -> EditedTokens:
+        """Return the same places on a device."""
+        return EditedTokens(to_device(self.index, device), to_device(self.slot, device))
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ class PromptEndsOfPass(Hook):
                     real = ~virtual.expand(layout.rows, -1)[here].cpu()
                 place[here] = (real.long().cumsum(0) - 1).masked_fill(~real, -1)
                 prompt[here] = int(real.sum())
-            layout.cache[key] = ends_of(place.to(device), prompt.to(device), self.n, self.m)
+            ends = ends_of(place, prompt, self.n, self.m)
+            layout.cache[key] = PromptEnds(ends.first.to(device), ends.last.to(device))
         return layout.cache[key]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.data.transfer import to_device
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
 
 
@@ -68,7 +69,7 @@ class Anchors:
     def near(self, values: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         """Return a value on the device of its parameter, to which it moves once."""
         if values[name].device != parameter.device:
-            values[name] = values[name].to(parameter.device)
+            values[name] = to_device(values[name], parameter.device)
         return values[name]
 
     def bytes(self) -> int:
@@ -132,9 +133,9 @@ class AnchorMethod:
 
     name: str
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the penalty of the step."""
-        return {key: float(value) for key, value in anchors_of(model, self.name).last.items()}
+        return dict(anchors_of(model, self.name).last)
 
     def finish(self, model: nn.Module) -> None:
         """Drop what only training needed."""

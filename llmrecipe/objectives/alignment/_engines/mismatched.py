@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch, Sequence, row_key
+from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.role_models import Roles
 
 
@@ -64,7 +65,8 @@ def mismatched_batch(batch: Batch, roles: Roles, keyed: bool) -> Batch | None:
     """
     sequences: list[Sequence] = []
     keys: list[int] = []
-    for line, prompt in zip(batch.extra["mismatched"].tolist(), batch.extra["mismatched_prompt"].tolist(), strict=True):
+    here = batch.here.extra
+    for line, prompt in zip(here["mismatched"].tolist(), here["mismatched_prompt"].tolist(), strict=True):
         ids = [token for token in line if token >= 0]
         sequences.append(Sequence(ids, [0] * prompt + [1] * (len(ids) - prompt), prompt=prompt))
         keys.append(row_key(ids[:prompt], ids[prompt:]))
@@ -84,9 +86,16 @@ def divergences(batch: Batch, roles: Roles) -> Tensor:
         return pairs.sum_by_sequence(roles.engine(pairs)["logprobs"]) - reference
 
 
-def reference_point(micros: list[Batch], roles: Roles) -> tuple[float, float]:
-    """Return (z, raw mean): the mean divergence over all micro-batches and processes of a step, and z = max(raw mean, 0)."""
+def reference_point(micros: list[Batch], roles: Roles) -> tuple[Tensor, Tensor]:
+    """Return (z, raw mean), scalars on the device.
+
+    The raw mean is that of the divergences over all micro-batches and processes of a step, 0 where there is none; z is
+    max(raw mean, 0).
+    """
     parts = [divergences(m, roles) for m in micros]
-    total, count = roles.sum([sum(float(p.double().sum()) for p in parts), float(sum(p.numel() for p in parts))])
-    raw = total / count if count else 0.0
-    return max(raw, 0.0), raw
+    count = to_device(torch.tensor(sum(p.numel() for p in parts), dtype=torch.float64), roles.device)
+    total = sum((p.double().sum() for p in parts), torch.zeros_like(count))
+    total, count = roles.sum_tensor(torch.stack((total, count)))
+    # Pairs are counted, so that the mean over none of them is 0 / 1.
+    raw = total / count.clamp_min(1.0)
+    return raw.clamp_min(0.0), raw

@@ -121,7 +121,7 @@ def policy_scores(batch: Batch, roles: Roles, logprobs: Tensor | None = None) ->
     if logprobs is None:
         logprobs = roles.policy(batch)["logprobs"]
     chosen, rejected = split_pairs(batch.sum_by_sequence(logprobs))
-    chosen_tokens, rejected_tokens = split_pairs(batch.counts().to(logprobs.device))
+    chosen_tokens, rejected_tokens = split_pairs(batch.counts())
     return PairScores(chosen, rejected, chosen_tokens, rejected_tokens)
 
 
@@ -153,7 +153,7 @@ def answer_nll(batch: Batch, logprobs: Tensor) -> tuple[Tensor, float]:
         logprobs: (N,) token log-probabilities.
     """
     kept = batch.sequence % 3 != 2
-    return -(logprobs * kept).sum(), float(kept.sum())
+    return -(logprobs * kept).sum(), float(_outside_rejected(batch))
 
 
 def share_tokens(micros: list[Batch], roles: Roles) -> list[Batch]:
@@ -164,10 +164,10 @@ def share_tokens(micros: list[Batch], roles: Roles) -> list[Batch]:
     pairs, tokens = roles.sum(
         [
             sum(float(pair_count(m)) for m in micros),
-            sum(float((m.sequence % 3 != 2).sum()) for m in micros),
+            sum(float(_outside_rejected(m)) for m in micros),
         ]
     )
-    scale = torch.tensor([pairs / max(tokens, 1.0)], device=roles.device)
+    scale = torch.tensor([pairs / max(tokens, 1.0)])
     return [m.with_extra(pairs_per_token=scale) for m in micros]
 
 
@@ -176,7 +176,12 @@ def pairs_per_token(batch: Batch) -> Tensor | float:
     given = batch.extra.get("pairs_per_token")
     if given is not None:
         return given.squeeze()
-    return float(pair_count(batch)) / max(float((batch.sequence % 3 != 2).sum()), 1.0)
+    return float(pair_count(batch)) / max(float(_outside_rejected(batch)), 1.0)
+
+
+def _outside_rejected(batch: Batch) -> int:
+    """Return the number of targets outside rejected answers."""
+    return int((batch.here.sequence % 3 != 2).sum())
 
 
 PAIR_METRICS: Measures = {

@@ -24,7 +24,7 @@ from llmrecipe.engine.forward import Critic
 from llmrecipe.engine.generation import decode_ids, end_tokens, generate
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
-from llmrecipe.methods._base.update_rule import Largest, Smallest
+from llmrecipe.methods._base.late_values import Largest, Smallest
 from llmrecipe.objectives.base import Loss, Measures
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.objectives.token_math import collate_tokens
@@ -272,7 +272,7 @@ class Rollouts:
         rows = [s.row for s in samples]
         if roles.engine.is_pair_model:
             whole = [{"row": s.row, "ids": [*s.answer.prompt_ids, *s.answer.ids], "trained": _trained(s)} for s in samples]
-            return collate_tokens(whole, roles).with_extra(**{k: v.to(roles.device) for k, v in extra.items()})
+            return collate_tokens(whole, roles).with_extra(**extra)
         return roles.layout(_sequences(samples), rows, extra)
 
     @property
@@ -360,7 +360,7 @@ def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
 
 def reward_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
     """Return each reward's scores and measures as (sum, count) over the answers it has an opinion of (NaN: it has none)."""
-    own = {name: value for name, value in batch.extra.items() if name.startswith("rewards/")}
+    own = {name: value for name, value in batch.here.extra.items() if name.startswith("rewards/")}
     return {name: (value.nan_to_num(0.0).sum(), float(value.numel() - value.isnan().sum())) for name, value in own.items()}
 
 
@@ -373,12 +373,12 @@ def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, 
         metrics["objective/kl"] = (extra["kl"].sum(), count)
         metrics["objective/non_score_reward"] = (-(beta * extra["kl"]).sum(), count)
         metrics["objective/rlhf_reward"] = ((extra["score"] - beta * extra["kl"]).sum(), count)
-    lengths = extra["length"]
+    lengths = batch.here.extra["length"]
     metrics["response/length"] = (lengths.sum(), count)
     metrics["response/length_min"] = Smallest(lengths.min() if count else 0.0, count)
     metrics["response/length_max"] = Largest(lengths.max() if count else 0.0, count)
     # Seconds are split in proportion to tokens, so that any part of a rollout shows the rate of the whole.
-    metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * extra["pace"]))
+    metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * batch.here.extra["pace"]))
     metrics["response/eos_rate"] = (extra["finished"].sum(), count)
     metrics["response/no_opinion"] = (extra["no_opinion"] * count, count)
     return metrics
@@ -394,8 +394,9 @@ def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
     The score is the mean over the answers of which a reward has an opinion.
     """
     extra, count = batch.extra, float(answer_count(batch))
-    known = ~extra["score"].isnan()
-    total, scored = extra["score"][known].sum(), float(known.sum())
+    scores = batch.here.extra["score"]
+    known = ~scores.isnan()
+    total, scored = scores[known].sum(), float(known.sum())
     metrics: dict[str, tuple[Any, float]] = {"loss": (-total, scored), "score": (total, scored)}
     metrics |= reward_metrics(batch)
     if "reference" in extra:

@@ -21,7 +21,7 @@ def text_batch(rows: list[dict[str, Any]], roles: Roles, extra: dict[str, Tensor
     sequences = [Sequence(r["ids"], [0] * len(r["ids"]), prompt=len(r["ids"])) for r in rows]
     batch = roles.layout(sequences, [r["row"] for r in rows], extra, packed)
     if rows and rows[0].get("type_ids") and batch.layout is None:
-        types = torch.zeros_like(batch.input_ids)
+        types = torch.zeros_like(batch.here.input_ids)
         for i, row in enumerate(rows):
             types[i, : len(row["type_ids"])] = torch.tensor(row["type_ids"])
         batch = batch.with_extra(token_type_ids=types)

@@ -136,7 +136,7 @@ def masked_targets(batch: Batch, rows: Sequence[Sequence[int]], hidden: Sequence
     """
     kinds = [kind for found in hidden for kind in found.kinds]
     of_kind = {
-        name: torch.tensor([i for i, kind in enumerate(kinds) if kind == number], dtype=torch.long, device=batch.last.device)
+        name: torch.tensor([i for i, kind in enumerate(kinds) if kind == number], dtype=torch.long)
         for name, number in KINDS.items()
     }
     return at_own_places(batch, rows, [found.places for found in hidden]).with_extra(**of_kind)
@@ -150,19 +150,20 @@ def at_own_places(batch: Batch, rows: Sequence[Sequence[int]], places: Sequence[
         rows: the tokens of each.
         places: which of them are targets.
     """
-    device = batch.last.device
-    lengths = torch.tensor([len(ids) for ids in rows] or [1], device=device)
+    here = batch.here
+    lengths = torch.tensor([len(ids) for ids in rows] or [1])
     owner = [i for i, found in enumerate(places) for _ in found]
-    sequence = torch.tensor(owner, dtype=torch.long, device=device)
-    starts = batch.last - lengths + 1
-    offsets = torch.tensor([place for found in places for place in found], dtype=torch.long, device=device)
+    sequence = torch.tensor(owner, dtype=torch.long)
+    starts = here.last - lengths + 1
+    offsets = torch.tensor([place for found in places for place in found], dtype=torch.long)
     target = [ids[place] for ids, found in zip(rows, places, strict=True) for place in found]
-    return replace(
-        batch,
+    found = replace(
+        here,
         source=starts[sequence] + offsets,
-        target=torch.tensor(target, dtype=torch.long, device=device),
+        target=torch.tensor(target, dtype=torch.long),
         sequence=sequence,
     )
+    return found.to(batch.last.device)
 
 
 def _groups(words: Sequence[int]) -> list[list[int]]:
