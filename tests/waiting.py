@@ -1,9 +1,10 @@
 """A device whose values cannot be read: what a step of training waits for, counted without one.
 
-Tensors of the device are fake (torch's `FakeTensorMode`): they have a shape, a dtype and a place, and no values. Tensors of the
-host stay real, so what the host computes of its own rows works as ever. Every reading of a value, every operation whose shape
-depends on values, and every copy for which the host would have to wait is written down with the line that made it; a made-up
-value takes its place, so that one pass finds them all.
+Tensors of the device are those that torch's `FakeTensorMode` computes with (meta): they have a shape, a dtype and a place, and
+no values. A fake GPU would be one more name for them, and autograd does not know it where torch was built without one. Tensors
+of the host stay real, so what the host computes of its own rows works as ever. Every reading of a value, every operation whose
+shape depends on values, and every copy for which the host would have to wait is written down with the line that made it; a
+made-up value takes its place, so that one pass finds them all. Only `torch.tensor(numbers, device=...)` is not seen.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,15 +113,17 @@ def test_the_terms_by_hand() -> None:
     assert float(unlikelihood(p, 0.01)) == pytest.approx(-math.log(0.76), abs=1e-12)
     assert math.isfinite(float(unlikelihood(torch.zeros(1))))
     scores = torch.tensor([math.log(3.0), 0.0, 0.0], dtype=torch.float64)
-    found = choice_softmax(scores, torch.tensor([0, 0, 1]), torch.tensor([True, False, True]), 2)
+    found = choice_softmax(scores, torch.tensor([0, 0, 1]), torch.tensor([0, 2]), 2)
     torch.testing.assert_close(found, torch.tensor([-math.log(0.75), 0.0], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_ranks_count_rows_that_have_a_choice_and_a_tie_is_no_answer() -> None:
     scores = torch.tensor([0.0, -1.0, -2.0, -2.0, -5.0])
     sums = torch.tensor([-3.0, -1.0, -2.0, -1.0, -5.0])
-    row, right = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([True, False, True, False, True])
-    found = Choices()._ranks({"rank_accuracy": scores, "rank_accuracy/sum": sums}, row, right, 3)
+    places = {"right_places": torch.tensor([0, 2, 4]), "wrong_places": torch.tensor([1, 3])}
+    batch: Any = SimpleNamespace(extra={"choice_row": torch.tensor([0, 0, 1, 1, 2]), **places})
+    batch.here = batch
+    found = Choices()._ranks({"rank_accuracy": scores, "rank_accuracy/sum": sums}, batch, 3)
     assert {name: (int(n), count) for name, (n, count) in found.items()} == {
         "rank_accuracy": (1, 2.0),
         "rank_accuracy/sum": (0, 2.0),

@@ -126,7 +126,7 @@ def test_a_device_notes_what_the_host_waits_for() -> None:
             y.nonzero()
         y[y > 1]
         torch.unique(y)
-        torch.tensor([1.0], device=PLACE)
+        torch.ones(2).to(PLACE)
         y.cpu()
         torch.ones(2).to(PLACE, non_blocking=True)
         y.to("cpu", non_blocking=True)

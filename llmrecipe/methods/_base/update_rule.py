@@ -170,8 +170,8 @@ def backprop(context: StepContext, micros: list[Batch]) -> StepResult | LateResu
 
     One denominator for the whole step: it is counted over all micro-batches and ranks before the first forward pass.
     Data-parallel wrappers average gradients over ranks, hence the factor `world`. What depends on weights alone is computed
-    once for all micro-batches (see `shared_weights`). Loss, norm and metrics stay on the device and are read in one copy: before
-    the update, which is not made where they are not finite, or where `context.late` after it.
+    once for all micro-batches (see `shared_weights`). Loss, norm and metrics stay on the device and are read in one copy:
+    before the update, which is not made where they are not finite, or where `context.late` after it.
     """
     weight = max(context.weight(micros), 1e-12)
     sums = MetricSums()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, Layout, activate, current
+from llmrecipe.data.transfer import to_device
 from llmrecipe.methods._engines.document_tokens import host_of, stack_input
 from llmrecipe.methods.additive._engines.prefix_kv import cached, positions, takes_positions
 from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, add_hook, all_hooks
@@ -173,7 +174,7 @@ class VirtualTokens(Hook):
             return masked_opening(mask, ids.shape[0], ids.shape[1], self.virtual_tokens, self.behind, ids.device)
         key = ("virtual_tokens", self.virtual_tokens, self.behind)
         if key not in layout.cache:
-            starts = torch.tensor([[s.start for s in layout.segments if s.parent is None]], device=ids.device)
+            starts = to_device(torch.tensor([[s.start for s in layout.segments if s.parent is None]]), ids.device)
             layout.cache[key] = opening(starts, ids.shape[1], self.virtual_tokens, self.behind)
         return layout.cache[key]
 
