@@ -116,11 +116,13 @@ def predict_pass(
 def _refuse(recipe: Recipe, objective: Objective, stack: Stack, chosen: StackChoices | None) -> None:
     """Refuse recipes whose first update depends on what does not exist yet, or is computed where it cannot be followed."""
     waiting = [w.name for w in stack if w.calibrates()]
+    by_values = [w.name for w in stack if w.held_by_values]
     reasons = {
         "the policy writes the rows it is trained on": objective.samples,
         "rows of a stream have not been read": recipe.data.streaming,
         "what a compiled model keeps is its compiler's choice": recipe.model.compile,
         f"{', '.join(waiting)} will choose from data or weights": waiting and chosen is None,
+        f"what {', '.join(by_values)} keeps depends on the values of weights": by_values,
         "layers of this family compute attention in a way of their own": _bypassed(recipe, objective),
     }
     for reason, holds in reasons.items():

@@ -112,6 +112,8 @@ class Wrapper:
     """Whether the wrapped model equals the base at step 0; where not, the docstring says why."""
     masters: ClassVar[bool] = True
     """False for a rule that trains 16-bit weights as they are, without float32 copies."""
+    held_by_values: ClassVar[bool] = False
+    """Whether what it holds in memory depends on the values of weights, so that shapes alone do not tell it."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Kinds that must be in the stack too."""
     compute_options: ClassVar[tuple[str, ...]] = ()

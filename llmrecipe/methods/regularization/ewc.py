@@ -38,6 +38,7 @@ class Ewc(AnchorMethod, Wrapper):
     """
 
     stage: ClassVar[Stage] = Stage.ANCHOR
+    held_by_values: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     shards: ClassVar[tuple[str, ...]] = ("zero1",)
     unsharded: ClassVar[str] = "it compares whole weights with where they started, and each process holds a part of them"

@@ -206,6 +206,7 @@ class Dora(Wrapper):
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
+    held_by_values: ClassVar[bool] = True
 
     target: str = "attn.q|v"
     """Sites whose weight is decomposed: linear layers and the embedding."""
