@@ -175,7 +175,11 @@ def test_a_byte_order_mark_or_empty_lines_before_an_array_change_nothing(
     assert open_file(tmp_path / f"a{suffix}").rows([0, 1]) == ROWS
 
 
-@pytest.mark.parametrize("content", [gzip.compress(gzip.compress(LINES)), zip_bytes("rows.jsonl.gz", gzip.compress(LINES))])
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(gzip.compress(LINES)), zip_bytes("rows.jsonl.gz", gzip.compress(LINES))],
+    ids=["gzip in gzip", "gzip in zip"],
+)
 def test_a_file_packed_twice_is_unpacked_twice(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert open_file(tmp_path / "a.jsonl").rows([0, 1]) == ROWS
