@@ -44,8 +44,8 @@ def normal_ends(name: str, value: float, error: float | None) -> dict[str, float
     """Return the ends of the interval of a score from its standard error; none where that is not known.
 
     Examples:
-        >>> normal_ends("acc", 0.5, 0.1)
-        {'acc/low': 0.3040036, 'acc/high': 0.6959964}
+        >>> normal_ends("score", 0.0, 1.0)
+        {'score/low': -1.959964, 'score/high': 1.959964}
     """
     if error is None or not math.isfinite(error):
         return {}

@@ -6,7 +6,6 @@ Everything is read from run directories: `recipe.yaml` (what was trained), `repo
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -292,7 +291,7 @@ def _score(record: Record, metric: str, where: str) -> float:
 
 def _ends(record: Record, metric: str, name: str) -> dict[str, float]:
     """Return the ends of the interval that a run gives a metric, under another name; none where it has none."""
-    metrics = json.loads((record.path / "final" / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(record.path)
     return {f"{name}/{end}": float(metrics[f"{metric}/{end}"]) for end in ENDS if f"{metric}/{end}" in metrics}
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from llmrecipe.core.errors import UserError
+from llmrecipe.core.foreign import read_json
 from llmrecipe.core.redact import redact_text
 from llmrecipe.interop.export_options import ExportOptions
 from llmrecipe.models.checkpoint_path import HUB_NAME, run_folder
@@ -77,7 +78,7 @@ def named_base(folder: Path) -> str | None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     return next((str(config[key]) for key in BASE_KEYS if config.get(key)), None)
 
 
@@ -94,9 +95,7 @@ def name_base(folder: Path, base: str | None) -> list[str]:
         where = "export with --base OWNER/NAME, or name it when the folder is pushed"
         return [] if hub_id(named) else [f"its base is named by a folder of this machine; for others {where}"]
     path = folder / ADAPTER_CONFIG
-    path.write_text(
-        json.dumps(with_base(json.loads(path.read_text(encoding="utf-8")), base), indent=2) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(with_base(read_json(path), base), indent=2) + "\n", encoding="utf-8")
     return []
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from llmrecipe.core.errors import UserError
+from llmrecipe.core.foreign import read_json
 from llmrecipe.interop.export_card import ADAPTER_CONFIG, CARD, LIBRARIES, card_text, check_hub_id, named_base, with_base
 from llmrecipe.interop.export_options import FORMATS, OPTIONS_FILE
 from llmrecipe.models.checkpoint_path import run_folder
@@ -120,11 +121,11 @@ def prepare_upload(folder: Path, repo: str, private: bool, base: str | None, lic
 def _kind(folder: Path) -> str:
     """Return the format of an exported folder, by its files where it does not say it."""
     if (folder / OPTIONS_FILE).is_file():
-        said = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8")).get("to")
+        said = read_json(folder / OPTIONS_FILE).get("to")
         if said in FORMATS:
             return str(said)
     if (folder / ADAPTER_CONFIG).is_file():
-        return "peft" if "peft_type" in json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) else "adapter_hub"
+        return "peft" if "peft_type" in read_json(folder / ADAPTER_CONFIG) else "adapter_hub"
     return "sentence_transformers" if (folder / "modules.json").is_file() else "merged"
 
 
@@ -132,7 +133,7 @@ def _as_it_goes(path: Path, name: str, base: str | None) -> Path | bytes:
     """Return a text file with its base by hub id and without the folder a library read it from."""
     if path.suffix != ".json":
         return path
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, kind=object)
     if not isinstance(content, dict):
         return path
     changed = {key: value for key, value in content.items() if not (key in OWN_PATHS and _is_here(value))}

@@ -50,9 +50,14 @@ ROWS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "p3": ("sft_lora", lambda i: {"inputs_pretokenized": _ask(i), "targets_pretokenized": _say(i)}),
     "pairs": ("contrastive", lambda i: {"sentence1": _ask(i), "sentence2": _say(i)}),
     "preference": ("dpo_lora", lambda i: {"prompt": _ask(i), "chosen": _say(i), "rejected": _say(i + 1)}),
+    "preference_alpaca": ("dpo_lora", lambda i: {"instruction": _ask(i), "chosen": _say(i), "rejected": _say(i + 1)}),
     "preference_implicit": (
         "dpo_lora",
         lambda i: {"chosen": _turns(i), "rejected": [_turns(i)[0], {"role": "assistant", "content": _say(i + 1)}]},
+    ),
+    "preference_messages": (
+        "dpo_lora",
+        lambda i: {"messages": _turns(i)[:1], "chosen": _say(i), "rejected": _say(i + 1)},
     ),
     "prompt": ("grpo", lambda i: {"prompt": _ask(i)}),
     "prompt_completion": ("sft_lora", lambda i: {"prompt": _ask(i), "completion": _say(i)}),

@@ -151,7 +151,8 @@ def test_http_null_is_no_opinion() -> None:
 def test_the_mean_of_a_reward_is_over_the_answers_it_scored() -> None:
     nan = float("nan")
     extra = {"score": torch.ones(4), "rewards/a": torch.tensor([1.0, nan, 3.0, nan]), "rewards/b": torch.ones(4)}
-    found = {name: (float(value), count) for name, (value, count) in reward_metrics(SimpleNamespace(extra=extra)).items()}  # type: ignore[arg-type]
+    batch: Any = SimpleNamespace(here=SimpleNamespace(extra=extra))
+    found = {name: (float(value), count) for name, (value, count) in reward_metrics(batch).items()}
     assert found == {"rewards/a": (4.0, 2.0), "rewards/b": (4.0, 4.0)}
 
 

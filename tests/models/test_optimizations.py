@@ -15,7 +15,7 @@ from llmrecipe.methods._engines.low_rank import LowRank
 from llmrecipe.models.attention import install_attention
 from llmrecipe.models.hooks.hook import Hook, add_hook
 from llmrecipe.models.module_map import anatomy
-from llmrecipe.models.optimizations import _plain_norm, speed_up
+from llmrecipe.models.optimizations import _plain_norm, same, speed_up
 from tests.models.configs import CAUSAL, tiny
 
 PLAIN = ["llama", "mistral", "qwen2", "qwen3"]
@@ -106,7 +106,7 @@ def test_only_norms_of_the_plain_form_are_replaced(family: str) -> None:
     model = tiny(family)
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     assert norms
-    assert all(_plain_norm(m) == (family in PLAIN) for m in norms)
+    assert all(_plain_norm(m, same) == (family in PLAIN) for m in norms)
     speed_up(model)
     assert all(("forward" in m.__dict__) == (family in PLAIN) for m in norms)
 

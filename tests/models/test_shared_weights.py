@@ -70,7 +70,7 @@ def updated(model: Any, stack: Stack, counts: list[int]) -> dict[str, Tensor]:
     still = SimpleNamespace(step=lambda: None)
     context: Any = SimpleNamespace(
         step=3, model=model, stack=stack, objective=objective, roles=roles, runtime=one, optimizer=still, clip=lambda: 1.0,
-        weight=lambda micros: sum(objective.weight(m) for m in micros),
+        weight=lambda micros: sum(objective.weight(m) for m in micros), late=False,
     )  # fmt: skip
     backprop(context, batches(roles, counts))
     return gradients(model)

@@ -386,9 +386,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # leaderboards
     "peft_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_every_method_of_the_board_learns"),
     "survey_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_methods_of_the_survey_learn"),
-    "memory_leaderboard": ShownBy(
-        "tests/recipes/test_pipelines_learn.py::test_the_memory_of_methods_is_compared_where_they_learn"
-    ),
+    "memory_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_memory_of_methods_follows_their_formulas"),
     "alignment_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_board_learn"),
 }
 """Recipe -> what its run learns."""

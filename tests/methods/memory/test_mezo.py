@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,11 +146,17 @@ class Pair:
         self.rank, self.board, self.meet = rank, board, meet
 
     def sum(self, value: Tensor) -> Tensor:
+        return self._joined(value, torch.add)
+
+    def maximum(self, value: Tensor) -> Tensor:
+        return self._joined(value, torch.maximum)
+
+    def _joined(self, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         self.board[self.rank] = value.clone()
         self.meet.wait()
-        total = self.board[0] + self.board[1]
+        joined = join(self.board[0], self.board[1])
         self.meet.wait()
-        return total
+        return joined
 
 
 def test_two_processes_draw_the_same_noise_and_stay_bit_equal(tmp_path) -> None:
