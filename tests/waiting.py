@@ -137,6 +137,8 @@ class Device(TorchDispatchMode):
             for name, value in list(vars(holder).items()):
                 if isinstance(value, Tensor):
                     object.__setattr__(holder, name, moved(value))
+                elif isinstance(value, list) and value and all(isinstance(one, Tensor) for one in value):
+                    value[:] = map(moved, value)
                 elif type(value).__module__.startswith("llmrecipe") and hasattr(value, "__dict__") and id(value) not in seen:
                     seen.add(id(value))
                     if not isinstance(value, nn.Module):
