@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves
 
+from llmrecipe.core.registry import PACKAGE
+
+ROOT = f"{PACKAGE}/"
 PLACE = torch.device("meta")
 aten = torch.ops.aten
 SHAPED = {
@@ -189,7 +192,7 @@ def _line() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if "/llmrecipe/" in name and "/site-packages/" not in name:
-            return f"{name.rpartition('/llmrecipe/')[2]}:{frame.f_lineno}"
+        if name.startswith(ROOT):
+            return f"{name.removeprefix(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"
