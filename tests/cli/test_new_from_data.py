@@ -141,7 +141,12 @@ def test_lengths_hold_every_row_and_no_more_than_needed() -> None:
 
 
 def test_numbers_with_places_are_scores_and_whole_numbers_are_classes() -> None:
-    for label, rows in ((lambda i: i % 3, "labelled"), (lambda i: i / 4, "scored"), (lambda i: str(i / 4), "scored")):
+    for label, rows in (
+        (lambda i: i % 3, "labelled"),
+        (lambda i: i / 4, "scored"),
+        (lambda i: str(i / 4), "scored"),
+        (lambda i: 10**400 if i else 0.5, "labelled"),  # no float holds most of them
+    ):
         sample = [{"review": f"It is {i}.", "sentiment": label(i)} for i in range(9)]
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sample))
         best = readings(open_split(DataSection(path="rows.jsonl"), "train")[0], sample, list(USUAL), {})[0]

@@ -175,6 +175,12 @@ def test_what_is_text_in_another_form_is_read_as_that_text() -> None:
     assert seen == {"role": "user", "content": "What?", "images": [{"image": "a.png"}]}
 
 
+def test_a_number_that_no_float_holds_is_spelled_out() -> None:
+    row, written = {"prompt": 10**400, "completion": "c"}, f"1{400 * '0'}"
+    assert detect([row], "dialogue", "auto", "f").convert(row, Conversion("dialogue"))[0]["prompt"] == written
+    assert messages_of([{"role": "user", "content": 10**400}], "messages")[0]["content"] == written
+
+
 def test_a_null_of_a_table_of_numbers_is_no_text() -> None:
     nan = float("nan")
     with pytest.raises(BadRow, match="'prompt' is not text"):

@@ -14,6 +14,7 @@ from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat
 from llmrecipe.core.registry import options, spec
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.logprob import upcast
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
@@ -37,7 +38,7 @@ def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0, weight
         weights: (C,) w of each class; default 1.
     """
     values = upcast(scores)
-    known = None if weights is None else weights.to(values)
+    known = None if weights is None else to_device(weights, values.device).to(values.dtype)
     return F.cross_entropy(values, labels, known, reduction="sum", label_smoothing=smoothing)
 
 
@@ -185,7 +186,7 @@ class LabelPrediction:
 
     def weight(self, batch: Batch) -> float:
         """Return the weight of the sequences, the loss denominator: their number where classes have no weights."""
-        labels = batch.extra["labels"]
+        labels = batch.here.extra["labels"]
         return math.fsum(self.row_weights[i] for i in labels.tolist()) if self.row_weights else float(labels.shape[0])
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
