@@ -33,9 +33,7 @@ def mismatch(formats: Sequence[DataFormat], row: Row, rows: str, where: str, oth
     known = [one for one in _most_specific(row) if takers_of(one)]
     if known and (not mapping or len(known[0].matches(row) or ()) > 1):
         lines.append("They are " + ", or ".join(f"{one.summary}; {takers_of(one)}" for one in known) + ".")
-    if inner := next(
-        (c for c, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict) and not is_messages(v)), None
-    ):
+    if inner := next((column for column, value in row.items() if _holds_rows(value)), None):
         lines.append(f"'{inner}' holds a list of objects: if they are the rows, write that list to a file of its own.")
     for found in formats:
         lines.append(f"  {found.name:<20} needs {' or '.join('+'.join(c) for c in found.columns[:3])}  ({found.summary})")
@@ -48,6 +46,7 @@ def mismatch(formats: Sequence[DataFormat], row: Row, rows: str, where: str, oth
 
 
 def _holds_rows(value: object) -> bool:
+    """Return whether a value is a list of objects that are no messages."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not is_messages(value)
 
 
