@@ -48,6 +48,9 @@ def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("prompt,completion\nSay,Ok\nSay é,Ok\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"a.csv:3: not UTF-8 text \(byte 4: .*convert the file to UTF-8"):
         open_file(tmp_path / "a.csv")
+    (tmp_path / "c.csv").write_bytes(codecs.BOM_UTF8 + b"a,b\n\xff,1\n")
+    with pytest.raises(DataError, match=r"c.csv:2: not UTF-8 text \(byte 0: "):
+        open_file(tmp_path / "c.csv")
     (tmp_path / "b.csv").write_bytes(codecs.BOM_UTF16_LE + "prompt,completion\nSay,Ok\n".encode("utf-16-le"))
     with pytest.raises(DataError, match=r"b.csv:1: not UTF-8 text"):
         open_file(tmp_path / "b.csv")

@@ -10,7 +10,6 @@ import csv
 import io
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
 from llmrecipe.core.errors import DataError
+from llmrecipe.data.formats.file_content import not_utf8, refuse_repeated
 
 NUMERIC = frozenset({"label", "labels", "score", "margin", "input_ids"})
 """Columns that are numbers (or true and false) where all their cells are; others stay text, so that '007' keeps its zeros."""
@@ -28,8 +28,8 @@ MARKS = (",", "\t", ";", "|")
 """Delimiters that are looked for in the header."""
 SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=(.)(?:\r\n?|\n)")
 """First line by which spreadsheets say what the delimiter is."""
-QUOTED = re.compile(r"0\d")
-"""How a number begins that is a name rather than a quantity."""
+NAMED = r"^-?0\d+$"
+"""A number that is a name rather than a quantity, for its zeros would be lost."""
 
 
 def read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
@@ -45,9 +45,7 @@ def read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
     content = content[given.end() :] if given else content
     delimiter = given[1].decode() if given else _delimiter(content, "\t" if kind == ".tsv" else ",")
     header = _header(content, delimiter)
-    twice, count = Counter(name for name in header if name).most_common(1)[0] if any(header) else ("", 0)
-    if count > 1:
-        raise DataError(f"{path}:1: the column '{twice}' is there {count} times; rename or remove all but one")
+    refuse_repeated([name for name in header if name], f"{path}:1")
     _check_quotes(content, delimiter, path)
     damaged: list[tuple[int, int, int]] = []
 
@@ -72,13 +70,11 @@ def read_csv(path: Path, content: bytes, kind: str) -> pa.Table:
 
 def _check_encoding(content: bytes, path: Path) -> None:
     try:
-        content.decode("utf-8-sig")
+        content.decode()
     except UnicodeDecodeError as error:
         start = content.rfind(b"\n", 0, error.start) + 1
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 text (byte {error.start - start}: {error.reason}); convert the file to UTF-8"
-        ) from error
+        raise not_utf8(error, f"{path}:{line}", start) from error
 
 
 def _lines(content: bytes) -> io.TextIOWrapper:
@@ -146,11 +142,8 @@ def _with_numbers(table: pa.Table) -> pa.Table:
 def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column of texts as whole numbers, numbers, or true and false, whichever its cells all are; else as it is."""
     filled = pc.if_else(pc.is_in(column, value_set=pa.array(NULLS)), pa.scalar(None, pa.string()), column)
-    if pc.any(pc.match_substring_regex(filled, QUOTED.pattern.join(("^-?", r"\d*$")))).as_py():
-        kinds = []
-    else:
-        kinds = [pa.int64(), pa.float64(), pa.bool_()]
-    for kind in kinds:
+    named = pc.any(pc.match_substring_regex(filled, NAMED)).as_py()
+    for kind in () if named else (pa.int64(), pa.float64(), pa.bool_()):
         try:
             return filled.cast(kind)
         except pa.ArrowInvalid:

@@ -9,6 +9,8 @@ import mmap
 import re
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -137,6 +139,27 @@ def first_sign(data: bytes | mmap.mmap) -> bytes:
     """
     found = BEGIN.match(data)
     return found[1] if found else b""
+
+
+def not_utf8(error: UnicodeDecodeError, where: str, start: int = 0) -> DataError:
+    """Return the error for bytes that are not UTF-8 text.
+
+    Args:
+        where: file and line.
+        start: byte at which the line begins in what was decoded.
+    """
+    return DataError(f"{where}: not UTF-8 text (byte {error.start - start}: {error.reason}); convert the file to UTF-8")
+
+
+def refuse_repeated(names: Sequence[str], where: str) -> None:
+    """Refuse columns of one name.
+
+    Raises:
+        DataError: naming the first.
+    """
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise DataError(f"{where}: the column '{name}' is there {count} times; rename or remove all but one")
 
 
 def _is_rows(data: bytes) -> bool:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import mmap
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,16 @@ from llmrecipe.core.file_hashes import file_hash
 from llmrecipe.core.foreign import DuplicateKey, once, parse_json, reason_of
 from llmrecipe.data.formats.arrow_sizes import arrow_unpacked
 from llmrecipe.data.formats.bounds import BOUNDS, Bounds
-from llmrecipe.data.formats.file_content import BOM, EXTENSIONS, content_kind, content_of, first_sign, suffix_kind
+from llmrecipe.data.formats.file_content import (
+    BOM,
+    EXTENSIONS,
+    content_kind,
+    content_of,
+    first_sign,
+    not_utf8,
+    refuse_repeated,
+    suffix_kind,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,9 +124,7 @@ def _decode(data: bytes, path: Path, line: int) -> str:
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{line}: not UTF-8 text (byte {error.start}: {error.reason}); convert the file to UTF-8"
-        ) from error
+        raise not_utf8(error, f"{path}:{line}") from error
 
 
 def _spread(data: bytes | mmap.mmap) -> bool:
@@ -308,7 +314,7 @@ class TableFile(Reader):
     def __init__(self, path: Path, kind: str, data: bytes | mmap.mmap, bounds: Bounds = BOUNDS) -> None:
         self.name, self.path, self.base = str(path), path, path.parent
         self.table = _read_table(path, kind, data, bounds)
-        _refuse_repeated(self.table.column_names, str(path))
+        refuse_repeated(self.table.column_names, str(path))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -370,17 +376,6 @@ def _read_arrow(path: Path, data: bytes | mmap.mmap, bounds: Bounds) -> pa.Table
         bounds.check_unpacked(size, path)
     source.seek(0)
     return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
-
-
-def _refuse_repeated(names: Sequence[str], where: str) -> None:
-    """Refuse columns of one name.
-
-    Raises:
-        DataError: naming the first.
-    """
-    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
-    if count > 1:
-        raise DataError(f"{where}: the column '{name}' is there {count} times; rename or remove all but one")
 
 
 def _unpacked(facts: FileMetaData) -> int:
