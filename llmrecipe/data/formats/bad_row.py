@@ -1,7 +1,8 @@
-"""What is raised for one row that cannot be used."""
+"""What is raised for one row that cannot be used, and what every part of a row is held to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,22 @@ class BadRow(Exception):
         self.reason = reason
         self.detail = detail
         self.tokens = tokens
+
+
+def spelled(value: object, what: str) -> str:
+    """Return a text as it is, a number spelled out.
+
+    Args:
+        what: the value, for the message.
+
+    Raises:
+        BadRow: it is anything else.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
+        raise BadRow(f"{what} is not text", f"{value!r:.80}")
+    return str(value)
 
 
 def need_columns(columns: Mapping[str, Any], needs: Mapping[str, str]) -> None:

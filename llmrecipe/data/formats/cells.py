@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from llmrecipe.data.formats.aliases import names_of, normal_name
-from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.bad_row import BadRow, spelled
 from llmrecipe.data.formats.data_format import DataFormat, Row
 
 
@@ -16,12 +16,7 @@ def text_of(row: Row, column: str) -> str:
     Raises:
         BadRow: it is neither.
     """
-    value = row.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
-    if not isinstance(value, str):
-        raise BadRow(f"'{column}' is not text", f"{value!r:.80}")
-    return value
+    return spelled(row.get(column), f"'{column}'")
 
 
 def filled_text(row: Row, column: str) -> str:

@@ -96,7 +96,7 @@ def _marked_by_numbers(used: Sequence[str], named: Sequence[Row]) -> bool:
 def _number(value: object) -> float | None:
     try:
         return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from llmrecipe.core.foreign import DuplicateKey, parse_json
-from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.bad_row import BadRow, spelled
 
 Message = dict[str, Any]
 
@@ -120,20 +119,11 @@ def _message(entry: object, column: str) -> Message:
     if isinstance(content, list | dict):
         content, more = join_parts(_listed(content), column)
         message |= {k: v for k, v in more.items() if k not in message}
-    return {**message, "role": known, "content": _spelled(content, f"the content of a message in '{column}'")}
+    return {**message, "role": known, "content": _said(content, f"the content of a message in '{column}'")}
 
 
-def _spelled(value: object, what: str) -> str:
-    """Return a text as it is, a number spelled out, nothing for null.
-
-    Raises:
-        BadRow: it is anything else.
-    """
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow(f"{what} is not text", f"{value!r:.80}")
-    return str(value)
+def _said(value: object, what: str) -> str:
+    return "" if value is None else spelled(value, what)
 
 
 def _calls(value: object) -> list[Any]:
@@ -208,7 +198,7 @@ def join_parts(parts: list[Any], column: str) -> tuple[str, dict[str, Any]]:
             text = part.get("text")
             if isinstance(text, dict) and "value" in text:  # text with annotations, as in the threads of assistants
                 text = text["value"]
-            texts.append(_spelled(text, f"the text of a part of a message in '{column}'"))
+            texts.append(_said(text, f"the text of a part of a message in '{column}'"))
         elif field in ("reasoning_content", "refusal"):
             found = next((part[k] for k in (str(kind), "text", "content") if isinstance(part.get(k), str)), "")
             fields[field] = fields.get(field, "") + found
