@@ -119,6 +119,17 @@ def test_a_step_of_an_objective_waits_for_nothing(name: str, packing: bool) -> N
     assert by_file(own) == READING, own.waits
 
 
+def test_a_step_with_weights_of_classes_waits_for_nothing() -> None:
+    case = Case("classification", micro=4)
+    case.objective.row_weights[:] = [1.0, 3.0, 0.5]
+    with device() as own:
+        moved(case, own)
+        micros = case.micros()
+        own.waits.clear()
+        update(case, micros, optimizer_of(case.model, case.roles.stack))
+    assert by_file(own) == READING, own.waits
+
+
 def test_a_device_notes_what_the_host_waits_for() -> None:
     """Every way of reading a value, by hand; what can be done without waiting is not noted."""
     with device() as own:
