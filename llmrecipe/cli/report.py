@@ -77,10 +77,9 @@ def _serve(run: Path, out: Path | None, port: int, as_json: bool) -> None:
 def _predicted(run: Path) -> dict[str, int]:
     """Return the bytes that `check` predicts for a run; nothing where it counted none, or where its data or base are gone."""
     from llmrecipe.core.errors import UserError
-    from llmrecipe.core.foreign import read_json
+    from llmrecipe.runs.run_record import run_document
 
-    report = run / "report.json"
-    if not report.is_file() or "memory" not in read_json(report, "a part of the report cannot be read"):
+    if "memory" not in run_document(run, "report.json"):
         return {}
     from llmrecipe.training.dry_run import predict_memory
 

@@ -36,8 +36,12 @@ def shown(metrics: Mapping[str, object], text: Callable[[object], str]) -> dict[
         >>> shown({"accuracy": 0.9, "accuracy/low": 0.8, "accuracy/high": 1.0}, str)
         {'accuracy': '0.9 [0.8, 1.0]'}
     """
-    found = with_ends(metrics)
-    return {n: text(v) if ends is None else f"{text(v)} [{text(ends[0])}, {text(ends[1])}]" for n, (v, ends) in found.items()}
+    return {name: with_interval(value, ends, text) for name, (value, ends) in with_ends(metrics).items()}
+
+
+def with_interval(value: object, ends: Ends | None, text: Callable[[object], str]) -> str:
+    """Return a score as text, followed by the ends of its interval in brackets where it has one."""
+    return text(value) if ends is None else f"{text(value)} [{text(ends[0])}, {text(ends[1])}]"
 
 
 def normal_ends(name: str, value: float, error: float | None) -> dict[str, float]:

@@ -96,6 +96,15 @@ def read_task_scores(run: Path) -> dict[str, dict[str, Any]]:
         return {task: {**scores, "metrics": dict(scores["metrics"])} for task, scores in found.items()}
 
 
+def run_document(path: Path, name: str) -> dict[str, Any]:
+    """Return a JSON file of a run; empty where there is none.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    return dict(read_json(path / name, "a part of the report cannot be read")) if (path / name).is_file() else {}
+
+
 def read_run(path: str | Path) -> Record:
     """Read one run.
 

@@ -8,11 +8,10 @@ from markupsafe import Markup
 
 from llmrecipe.core.printable import shortened
 from llmrecipe.runs.report.charts import chart
-from llmrecipe.runs.report.outcome import judge, outcome
-from llmrecipe.runs.report.page import run_document
+from llmrecipe.runs.report.outcome import outcome
 from llmrecipe.runs.report.render import STYLE, own_text, templates
-from llmrecipe.runs.report.series import evaluated_name, metric_curves
-from llmrecipe.runs.run_record import read_run
+from llmrecipe.runs.report.series import metric_curves
+from llmrecipe.runs.run_record import read_run, run_document
 
 FACTS = ("Best step", "Duration", "Cost", "Model", "Data", "Objective")
 """Facts of the outcome that the card shows, in its order."""
@@ -31,8 +30,8 @@ def report_card(run: Path) -> str:
     record, report = read_run(run), run_document(run, "report.json")
     metrics = metric_curves(record)
     found = outcome(record, metrics, report)
-    base = evaluated_name(judge(record, metrics).monitor)[1]
-    curve = next((m for m in metrics if m.name == base and m.is_curve), None) or next((m for m in metrics if m.is_curve), None)
+    curves = [metric for metric in metrics if metric.is_curve]
+    curve = next((m for m in curves if m.name == found.judged.metric), None) or next(iter(curves), None)
     if curve is not None:
         curve.series = dict(list(curve.series.items())[:LINES])
     headline, score = f"{found.state}, {found.progress}", found.headline

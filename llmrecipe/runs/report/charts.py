@@ -1,4 +1,4 @@
-"""DrawnLine charts as SVG paths and labels, which `assets/report/parts.html` puts together.
+"""Line charts as SVG paths and labels, which `assets/report/parts.html` puts together.
 
 The charts are drawn here, in about two hundred lines, because no kept plotting library fits a page that is one file: matplotlib
 draws pictures without values under the pointer and in the colours of one theme, and the libraries that draw in the browser
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmrecipe.core.console import number
+from llmrecipe.core.score_intervals import with_interval
 from llmrecipe.runs.report.series import TRAIN, MetricCurves, Point, Series, thinned
 
 WIDTH, HEIGHT = 1000, 300
@@ -123,13 +124,12 @@ def axis(values: Sequence[float]) -> Axis:
 def series_text(series: Series) -> str:
     """Return a series in words: `0.6931 → 0.1068`, or its only value with its interval."""
     first, last = series.points[0], series.points[-1]
-    ends = series.ends.get(last[0])
-    interval = f" [{number(ends[0])}, {number(ends[1])}]" if ends is not None else ""
+    end = with_interval(last[1], series.ends.get(last[0]), number)
     if len(series.points) == 1:
-        return f"{number(last[1])}{interval}"
+        return end
     if len({value for _, value in series.points}) == 1:
         return f"{number(last[1])} at all of {len(series.points)} points"
-    return f"{number(first[1])} → {number(last[1])}{interval}"
+    return f"{number(first[1])} → {end}"
 
 
 def _placer(up: Axis, first: int, last: int) -> Callable[[Point], tuple[float, float]]:

@@ -77,12 +77,12 @@ def dot_plot(dots: Sequence[Dot], across: str, up: str) -> DotPlot:
         PlacedDot(d, colours[d.kind], x(d.x), y(d.y), y(d.y + d.spread), y(d.y - d.spread))
         for d in sorted(dots, key=lambda d: d.x)
     ]
-    best = "; ".join(p.dot.title for p in placed)
+    titles = "; ".join(p.dot.title for p in placed)
     return DotPlot(
         across + (" (log scale)" if flat.log else ""), up, placed, list(colours.items()),
         [(round(LEFT + f * (WIDTH - LEFT - RIGHT), 1), text) for f, text in _ticks(flat)],
         [(round(HEIGHT - BOTTOM - f * (HEIGHT - TOP - BOTTOM), 1), text) for f, text in _ticks(tall)],
-        f"{up} over {across}: {best}",
+        f"{up} over {across}: {titles}",
     )  # fmt: skip
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from llmrecipe.core.console import number
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import read_json
-from llmrecipe.core.score_intervals import LEVEL
+from llmrecipe.core.score_intervals import LEVEL, with_interval
 from llmrecipe.runs.report.series import TRAIN, MetricCurves, Series, evaluated_name
 from llmrecipe.runs.run_dir import BEST, read_metrics
-from llmrecipe.runs.run_record import Record, seconds_of
+from llmrecipe.runs.run_record import Record, run_document, seconds_of
 from llmrecipe.runs.verified import read_verified
 
 
@@ -41,6 +41,7 @@ class Outcome:
     """done, running, failed or interrupted."""
     progress: str
     """`step 40 of 120`."""
+    judged: Judged
     error: str = ""
     headline: Score | None = None
     headline_name: str = ""
@@ -61,6 +62,11 @@ class Judged:
     step: int | None
     """Step of the best evaluation, or None where nothing was evaluated."""
 
+    @property
+    def metric(self) -> str:
+        """Return the monitored metric without its split, as charts name it."""
+        return evaluated_name(self.monitor)[1]
+
 
 def outcome(record: Record, metrics: list[MetricCurves], report: dict[str, Any]) -> Outcome:
     """Return the outcome of a run.
@@ -71,14 +77,12 @@ def outcome(record: Record, metrics: list[MetricCurves], report: dict[str, Any])
     """
     status = record.status
     step, steps = record.steps[-1]["step"] if record.steps else 0, report.get("steps")
-    found = Outcome(str(status.get("status")), f"step {step:,} of {steps:,}" if steps else f"step {step:,}")
-    found.error = str(status.get("error") or "")
-    judged = judge(record, metrics)
+    progress, judged = f"step {step:,} of {steps:,}" if steps else f"step {step:,}", judge(record, metrics)
+    found = Outcome(str(status.get("status")), progress, judged, str(status.get("error") or ""))
     found.best_step = f"{judged.step:,}" if judged.step is not None else ""
     found.scores = [_score(metric, judged.step) for metric in metrics if set(metric.series) - {TRAIN}]
-    base = evaluated_name(judged.monitor)[1]
-    found.scores.sort(key=lambda score: score.name != base)
-    lead = next((m for m in metrics if m.name == base), None) or next((m for m in metrics if m.name == "loss"), None)
+    found.scores.sort(key=lambda score: score.name != judged.metric)
+    lead = next((m for m in metrics if m.name == judged.metric), None) or next((m for m in metrics if m.name == "loss"), None)
     if lead is not None:
         found.headline, found.headline_name, found.verdict = _headline(lead, judged)
     found.facts = [(name, text) for name, text in _facts(record, report, judged, step) if text]
@@ -146,16 +150,11 @@ def _at(series: Series, step: int | None) -> float | None:
 
 def _text(series: Series, step: int | None) -> str:
     value = _at(series, step)
-    return "" if value is None else number(value) + _interval(series, step)
+    return "" if value is None or step is None else with_interval(value, series.ends.get(step), number)
 
 
 def _last(series: Series | None) -> str:
     return "" if series is None or not series.points else _text(series, series.points[-1][0])
-
-
-def _interval(series: Series, step: int | None) -> str:
-    ends = series.ends.get(-1 if step is None else step)
-    return f" [{number(ends[0])}, {number(ends[1])}]" if ends is not None else ""
 
 
 def _facts(record: Record, report: dict[str, Any], judged: Judged, step: int) -> list[tuple[str, str]]:
@@ -232,16 +231,12 @@ def _duration(record: Record) -> str:
     """Return the time of the training steps, and from the start to the end where both are known."""
     seconds = seconds_of(record.steps)
     parts = [f"{duration(seconds)} of training steps"] if seconds else []
-    started = read_json(record.path / "environment.json", "the environment cannot be read") if _has(record) else {}
+    started = run_document(record.path, "environment.json")
     try:
         whole = datetime.fromisoformat(record.status["time"]) - datetime.fromisoformat(started["started"])
     except (KeyError, TypeError, ValueError):
         return ", ".join(parts)
     return ", ".join([*parts, f"{duration(whole.total_seconds())} from start to end"])
-
-
-def _has(record: Record) -> bool:
-    return (record.path / "environment.json").is_file()
 
 
 def duration(seconds: float) -> str:

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.console import number, value_text
-from llmrecipe.core.foreign import read_json
 from llmrecipe.data.token_report import Report
 from llmrecipe.runs.report.charts import Chart, chart, series_text
-from llmrecipe.runs.report.outcome import judge, outcome
+from llmrecipe.runs.report.outcome import outcome
 from llmrecipe.runs.report.recipe_view import recipe_view
 from llmrecipe.runs.report.render import render
 from llmrecipe.runs.report.samples import sampled_prompts
-from llmrecipe.runs.report.series import REST, MetricCurves, evaluated_name, grouped, metric_curves
+from llmrecipe.runs.report.series import REST, MetricCurves, grouped, metric_curves
 from llmrecipe.runs.report.where_trained import where_trained
-from llmrecipe.runs.run_record import flat, read_run
+from llmrecipe.runs.run_record import flat, read_run, run_document
 from llmrecipe.runs.verified import read_verified
 
 SECTIONS = [
@@ -63,13 +62,12 @@ def run_page(path: Path, live: bool = False, predicted: Mapping[str, int] | None
     record = read_run(path)
     report = run_document(path, "report.json")
     metrics = metric_curves(record)
-    monitored = evaluated_name(judge(record, metrics).monitor)[1]
     found = outcome(record, metrics, report)
     command = _text(path, "command.txt")
     scores = [["metric", "before", "best step", "last step", "other splits"], *(list(astuple(s)) for s in found.scores)]
     return render(
-        "run.html", record.name, live, sections=SECTIONS, outcome=found, scores=scores, main=monitored,
-        groups=chart_groups(metrics, monitored), memory=memory_table(report.get("memory", {}), predicted or {}),
+        "run.html", record.name, live, sections=SECTIONS, outcome=found, scores=scores, main=found.judged.metric,
+        groups=chart_groups(metrics, found.judged.metric), memory=memory_table(report.get("memory", {}), predicted or {}),
         samples=sampled_prompts(record.samples), verified=_verified(path), maps=where_trained(path, report),
         recipe=recipe_view(record, report, _text(path, "recipe.yaml"), command), data=audit_facts(report), command=command,
         environment=_environment(path),
@@ -139,15 +137,6 @@ def _verified(path: Path) -> list[list[str]]:
 def _environment(path: Path) -> list[tuple[str, str]]:
     values = flat(run_document(path, "environment.json"))
     return [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in values.items() if name]
-
-
-def run_document(path: Path, name: str) -> dict[str, Any]:
-    """Return a JSON file of a run; empty where there is none.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    return dict(read_json(path / name, "a part of the report cannot be read")) if (path / name).is_file() else {}
 
 
 def _text(path: Path, name: str) -> str:
