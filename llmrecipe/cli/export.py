@@ -77,13 +77,15 @@ def verb(
 
         check_hub_id("--base", base)
     rights, more = _words(words or [])
-    for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
+    added = [_weighted(text) for text in add or []]
+    names = [str(run), *(path for path, _ in added)]
+    for name in names:
         open_plugins_of(name)
     config = MergeConfig(combine, density, sign, seed, more)
     config.check()
-    for name in (str(run), *(path for path, _ in map(_weighted, add or []))):
+    for name in names:
         finished(name)
-    others = {str(Path(path).resolve()): share for path, share in map(_weighted, add or [])}
+    others = {str(Path(path).resolve()): share for path, share in added}
     options = ExportOptions(to, dtype, rank, as_ == "lora", uniform, base, weight, others, config)
     from llmrecipe.interop.export_run import export_run
 
