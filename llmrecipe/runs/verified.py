@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import read_json
-from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import RunDir, now
 
 VERIFIED = "verify.json"
@@ -24,12 +22,9 @@ def keep_verified(run: Path, lines: Sequence[dict[str, Any]]) -> None:
     Raises:
         RunError: the folder is not a run, or cannot be written.
     """
-    status = RunDir.open(run, write=False).read_status()
-    content = {"time": now(), "step": status.get("step"), "lines": list(lines)}
-    try:
-        write_text(run / VERIFIED, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise RunError(f"cannot write {run / VERIFIED}: {error.strerror or error}") from error
+    opened = RunDir.open(run, write=False)
+    content = {"time": now(), "step": opened.read_status().get("step"), "lines": list(lines)}
+    opened.write(VERIFIED, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_verified(run: Path) -> dict[str, Any]:
