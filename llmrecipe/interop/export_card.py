@@ -15,7 +15,7 @@ from llmrecipe.core.foreign import read_json
 from llmrecipe.core.redact import redact_text
 from llmrecipe.interop.export_options import ExportOptions
 from llmrecipe.models.checkpoint_path import HUB_NAME, run_folder
-from llmrecipe.runs.model_card import USE, base_licence, body_of, hub_id, place_name, read_front_matter, with_front_matter
+from llmrecipe.runs.model_card import USE, base_licence, hub_id, place_name, read_card, with_front_matter
 
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -104,15 +104,23 @@ def with_base(config: dict[str, Any], base: str) -> dict[str, Any]:
     return {**config, **{key: base for key in BASE_KEYS if config.get(key)}}
 
 
+def own_card(folder: Path | None, name: str) -> tuple[dict[str, Any], str]:
+    """Return front matter and text of a folder's card; without a card there is a heading alone.
+
+    Args:
+        name: what the heading says then.
+    """
+    if folder is None or not (folder / CARD).is_file():
+        return {}, f"# {name}\n\nExported by llmrecipe.\n\n"
+    return read_card(folder / CARD)
+
+
 def write_card(folder: Path, run: str, options: ExportOptions) -> None:
     """Write the card of an exported folder.
 
     The scores of a run are not those of a combination with others, so a combined export has none.
     """
-    final = run_folder(run)
-    source = final / CARD if final is not None else None
-    known = read_front_matter(source) if source is not None and source.is_file() else {}
-    text = body_of(source) if source is not None and source.is_file() else f"# {Path(run).name}\n\nExported by llmrecipe.\n\n"
+    known, text = own_card(run_folder(run), Path(run).name)
     base = options.base or known.get("base_model") or hub_id(named_base(folder) or "")
     data = {**known, "library_name": LIBRARIES[options.to]}
     if base is not None:

@@ -16,15 +16,23 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.foreign import read_json
-from llmrecipe.interop.export_card import ADAPTER_CONFIG, CARD, LIBRARIES, card_text, check_hub_id, named_base, with_base
+from llmrecipe.interop.export_card import (
+    ADAPTER_CONFIG,
+    CARD,
+    LIBRARIES,
+    card_text,
+    check_hub_id,
+    named_base,
+    own_card,
+    with_base,
+)
 from llmrecipe.interop.export_options import FORMATS, OPTIONS_FILE
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.resolve_class import first_line
-from llmrecipe.runs.model_card import body_of, hub_id, read_front_matter
+from llmrecipe.runs.model_card import hub_id
 
 LEFT_OUT = (OPTIONS_FILE, "checksums.json", "identity.json")
 """Files that only this machine can use: paths of runs, hashes of files here."""
-TEXT = (".json", ".md", ".yaml", ".yml", ".txt", ".jinja", ".py")
 OWN_PATHS = ("_name_or_path", "name_or_path")
 """Keys in which libraries note the folder something was read from."""
 CLIENTS = ("httpx", "httpx2", "requests", "urllib3")
@@ -91,7 +99,7 @@ def prepare_upload(folder: Path, repo: str, private: bool, base: str | None, lic
     if base is not None:
         check_hub_id("--base", base)
     kind = _kind(folder)
-    known = read_front_matter(folder / CARD) if (folder / CARD).is_file() else {}
+    known, body = own_card(folder, repo.rpartition("/")[2])
     named = named_base(folder)
     base = base or hub_id(named or "") or known.get("base_model")
     if named is not None and base is None:
@@ -109,8 +117,7 @@ def prepare_upload(folder: Path, repo: str, private: bool, base: str | None, lic
         name = path.relative_to(folder).as_posix()
         if name in LEFT_OUT or any(part.startswith((".", "__")) for part in path.relative_to(folder).parts):
             continue
-        files[name] = _as_it_goes(path, name, base) if path.suffix in TEXT else path
-    body = body_of(folder / CARD) if (folder / CARD).is_file() else f"# {repo.rpartition('/')[2]}\n\nExported by llmrecipe.\n\n"
+        files[name] = _as_it_goes(path, name, base)
     files[CARD] = card_text(data, body, kind, here=repo).encode("utf-8")
     for name, content in files.items():
         if isinstance(content, bytes) and (found := ABSOLUTE.search(content.decode("utf-8", "replace"))):
@@ -130,7 +137,7 @@ def _kind(folder: Path) -> str:
 
 
 def _as_it_goes(path: Path, name: str, base: str | None) -> Path | bytes:
-    """Return a text file with its base by hub id and without the folder a library read it from."""
+    """Return a file; one of JSON with its base by hub id and without the folder a library read it from."""
     if path.suffix != ".json":
         return path
     content = read_json(path, kind=object)

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from llmrecipe.core.redact import redact_text
 from llmrecipe.core.score_intervals import shown, with_ends
 from llmrecipe.models.checkpoint_path import HUB_NAME
+from llmrecipe.recipe.yaml_file import load_bounded
 
 TASKS = {
     "causal": "text-generation",
@@ -162,23 +163,18 @@ def base_licence(path: str) -> str | None:
     card: object = Path(path).expanduser() / "README.md"
     if not Path(path).expanduser().is_dir():
         card = try_to_load_from_cache(path, "README.md") if HUB_NAME.fullmatch(path) else None
-    found = read_front_matter(Path(card)).get("license") if isinstance(card, str | Path) and Path(card).is_file() else None
+    found = read_card(Path(card))[0].get("license") if isinstance(card, str | Path) and Path(card).is_file() else None
     return found if isinstance(found, str) else None
 
 
-def read_front_matter(card: Path) -> dict[str, Any]:
-    """Return the front matter of a card; empty where it has none that can be read."""
+def read_card(card: Path) -> tuple[dict[str, Any], str]:
+    """Return the front matter of a card, empty where it has none that can be read, and the text behind it."""
     text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
+    if not text.startswith("---\n"):
+        return {}, text
+    front, closed, _ = text[4:].partition("\n---")
     try:
-        found = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def body_of(card: Path) -> str:
-    """Return the text of a card without its front matter."""
-    text = card.read_text(encoding="utf-8", errors="replace")
-    return text[4:].partition("\n---\n")[2].lstrip() if text.startswith("---\n") else text
+        found = load_bounded(front) if closed else {}
+    except (yaml.YAMLError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}, text[4:].partition("\n---\n")[2].lstrip()

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from llmrecipe.cli.app import run_command
 from llmrecipe.interop.export_card import name_base, write_card
 from llmrecipe.interop.export_options import ExportOptions
-from llmrecipe.runs.model_card import CardFacts, hub_id, model_card, place_name
+from llmrecipe.runs.model_card import CardFacts, base_licence, hub_id, model_card, place_name, read_card
 from tests.support import ROOT
 
 TOKEN = "hf_thetokenofthistest"
@@ -253,3 +253,10 @@ def test_a_card_names_files_by_their_names_and_hub_sets_by_their_ids() -> None:
     assert card.data.base_model is None and card.data.datasets is None and "/home" not in card.content
     assert "Trained with llmrecipe from `base`" in card.text and "rows.jsonl, builtin:sft (3 rows)" in card.text
     assert hub_id("tiny") is None and place_name("acme/rows:en") == "acme/rows:en"
+
+
+@pytest.mark.parametrize("front", ["[" * 5000, "mit\ndate: 2024-13-45", "*none"])
+def test_front_matter_that_cannot_be_read_is_none(tmp_path: Path, front: str) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nlicense: {front}\n---\n\n# a\n")
+    assert read_card(card) == ({}, "# a\n") and base_licence(str(tmp_path)) is None
