@@ -61,15 +61,13 @@ class Fitted:
     """Section -> its keys, as they stand in the recipe."""
     remarks: list[str] = field(default_factory=list)
     """Lines of the comment."""
-    choices: list[str] = field(default_factory=list)
-    """Lines of the defaults list besides the parent."""
+    choices: dict[str, str | list[str]] = field(default_factory=dict)
+    """Group -> what is chosen of it instead of the parent's."""
 
     def words(self) -> list[str]:
         """Return the settings as overrides."""
-        found = [as_word((section, key), value) for section, body in self.settings.items() for key, value in body.items()]
-        chosen = [f"objective={self.objective}"] if any("/objective" in line for line in self.choices) else []
-        stack = next((line.partition(": ")[2] for line in self.choices if "/stack" in line), None)
-        return [*chosen, *([f"stack={stack}"] if stack else []), *found]
+        chosen = [as_word((group,), value) for group, value in self.choices.items()]
+        return [*chosen, *(as_word((section, key), v) for section, body in self.settings.items() for key, v in body.items())]
 
 
 def fit_recipe(
@@ -106,9 +104,9 @@ def fit_recipe(
     others = [o for o in objectives_for(format_name) if o != chosen]
     found = Fitted(name, file, parent, chosen, reading, _count(part), others, model)
     if parent == "base":
-        found.choices.append(f"override /objective: {chosen}")
+        found.choices["objective"] = chosen
     if stack is not None:
-        found.choices.append(f"override /stack: [{', '.join(stack)}]")
+        found.choices["stack"] = stack
     found.settings = _settings(found, section, sample)
     _fit_lengths(found, sample)
     return found
@@ -275,7 +273,7 @@ def _template(found: Fitted, sample: list[dict[str, Any]], has_own: bool) -> str
     if has_own:
         found.remarks.append("template     the model's own, so that it is trained as it will be used")
         return "own"
-    row = map_columns(sample[0], {**found.settings["data"].get("columns", {})}, sample=True)
+    row = map_columns(sample[0], found.settings["data"].get("columns", {}), sample=True)
     made = detected.format.convert(row, Conversion(rows, template=True))[0]
     if "messages" in made or isinstance(made.get("prompt"), list):
         found.remarks.append("template     chatml, because the model has none of its own")

@@ -101,6 +101,7 @@ def _component(what: str, name: str, folder: Path) -> None:
 
 def _recipe(name: str, extends: str, objective: str | None, stack: str | None) -> None:
     """Write the skeleton of a recipe; it is taken back where it does not compose."""
+    from llmrecipe.cli.recipe_text import choice_lines
     from llmrecipe.core.errors import RecipeError
     from llmrecipe.recipe.compose import compose
     from llmrecipe.recipe.recipe_paths import find_recipe
@@ -108,8 +109,10 @@ def _recipe(name: str, extends: str, objective: str | None, stack: str | None) -
     methods = _chosen(objective, stack)
     find_recipe(extends)
     path = _recipe_file(name)
-    choices = f"  - override /objective: {objective}\n" if objective else ""
-    choices += f"  - override /stack: [{', '.join(methods)}]\n" if methods is not None else ""
+    chosen: dict[str, str | list[str]] = {"objective": objective} if objective else {}
+    if methods is not None:
+        chosen["stack"] = methods
+    choices = "".join(f"{line}\n" for line in choice_lines(chosen))
     word = _word(path)
     _write(path, TEMPLATE.format(title=path.stem, name=word, base=extends.strip("/"), choices=choices))
     try:

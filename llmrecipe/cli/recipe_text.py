@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from llmrecipe.cli.fitted_recipe import USUAL, Fitted
@@ -42,10 +43,20 @@ def recipe_text(found: Fitted, word: str) -> str:
             "#              with 0.5 billion parameters and more it wants a smaller optim.lr: 1e-4 to 2e-4 for a LoRA,"
         )
         lines.append("#              1e-5 where every weight trains")
-    lines += ["defaults:", f"  - /{found.parent}", *(f"  - {line}" for line in found.choices), "  - _self_"]
+    lines += ["defaults:", f"  - /{found.parent}", *choice_lines(found.choices), "  - _self_"]
     for section, body in found.settings.items():
         lines += _section(section, body)
     return "\n".join(lines) + "\n"
+
+
+def choice_lines(choices: Mapping[str, str | list[str]]) -> list[str]:
+    """Return lines of a defaults list: what is chosen of each group instead of the extended recipe's.
+
+    Examples:
+        >>> choice_lines({"objective": "dpo", "stack": ["nf4", "lora"]})
+        ['  - override /objective: dpo', '  - override /stack: [nf4, lora]']
+    """
+    return [f"  - override /{group}: {_flow(value)}" for group, value in choices.items()]
 
 
 def _section(name: str, body: dict[str, Any]) -> list[str]:
