@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmrecipe.core.foreign import reading
+from llmrecipe.core.foreign import parse_json, reading
 
 FILE = "looks.jsonl"
 """File of a run with a line for each look."""
@@ -41,4 +41,4 @@ def read_looks(run: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     with reading(str(file), "remove the line that is no JSON"):
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
