@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrecipe.core.errors import RecipeError, RunError, plain_path
+from llmrecipe.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -212,8 +212,7 @@ def finished(run: str) -> None:
     Raises:
         RunError: it is something else, or the run has not finished.
     """
-    from llmrecipe.models.checkpoint_path import STACK_FILE, is_adapter, run_folder
+    from llmrecipe.models.checkpoint_path import finished_run, is_adapter
 
-    if not is_adapter(run) and run_folder(run) is None:
-        holds = f"it holds no final/ folder with {STACK_FILE} or model/"
-        raise RunError(f"{run} is not a run directory: {holds}{plain_path(str(run))}")
+    if not is_adapter(run):
+        finished_run(run)

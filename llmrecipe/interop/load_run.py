@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-from llmrecipe.core.errors import RunError, plain_path
 from llmrecipe.core.foreign import read_json
 from llmrecipe.interop.multi_adapter import open_adapters
 from llmrecipe.interop.run_plugins import open_plugins_of
 from llmrecipe.interop.verify_logits import HEADS, adapter_head
-from llmrecipe.models.checkpoint_path import is_adapter, run_folder
+from llmrecipe.models.checkpoint_path import finished_run, is_adapter
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.checksums import verify
@@ -98,11 +97,7 @@ def open_run(
     section = ModelSection.model_validate({"path": path, "dtype": dtype, **(rights or {})})
     if is_adapter(path):
         return open_model(section, TokenizerSection(), head=adapter_head(Path(path)), device=device)
-    folder = run_folder(path)
-    if folder is None:
-        holds = f"it holds no final/ folder with {delta.STACK_FILE} or model/"
-        raise RunError(f"{path} is not a run directory: {holds}{plain_path(path)}")
-    return open_model(section, TokenizerSection(), head=head_of(folder), options=options, device=device)
+    return open_model(section, TokenizerSection(), head=head_of(finished_run(path)), options=options, device=device)
 
 
 def head_of(folder: Path) -> str:

@@ -120,6 +120,19 @@ def run_folder(path: str) -> Path | None:
     return None
 
 
+def finished_run(path: str) -> Path:
+    """Return the `final` folder of a run directory.
+
+    Raises:
+        RunError: the path is something else, or the run has not finished.
+    """
+    folder = run_folder(path)
+    if folder is None:
+        holds = f"it holds no final/ folder with {STACK_FILE} or model/"
+        raise RunError(f"{path} is not a run directory: {holds}{plain_path(path)}")
+    return folder
+
+
 def is_adapter(path: str) -> bool:
     """Return whether a path is an adapter folder, of PEFT or of adapter-hub's library."""
     return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
