@@ -52,8 +52,8 @@ def choice_scores(logprobs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def lay_out_choices(rows: list[dict[str, Any]], roles: Roles) -> Batch:
     """Lay out each prompt (once for decoders) and every choice that continues it.
 
-    `extra` says which sequence is a choice, of which row, and whether it is the right one: `choice`, `choice_row` and
-    `choice_right`, (C,) each; and which of the choices are right ones, `right_places`, and which are not, `wrong_places`.
+    `extra` says which sequence is a choice and of which row: `choice` and `choice_row`, (C,) each; and which of the choices are
+    right ones, `right_places`, and which are not, `wrong_places`.
     """
     sequences: list[Sequence] = []
     whole: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def lay_out_choices(rows: list[dict[str, Any]], roles: Roles) -> Batch:
         name: torch.tensor([size for row in rows for size in row[column]], dtype=torch.long) for name, column in SIZES.items()
     }
     places_of = {"right_places": right.nonzero().squeeze(1), "wrong_places": (~right).nonzero().squeeze(1)}
-    return batch.with_extra(choice=columns[0], choice_row=columns[1], choice_right=right, **places_of, **sizes)
+    return batch.with_extra(choice=columns[0], choice_row=columns[1], **places_of, **sizes)
 
 
 @register
