@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmrecipe.core.console import number
-from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardRow, cells
-from llmrecipe.runs.report.dots import Dot, DotPlot, dot_plot, spread_text
+from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardRow, cells, spread_text
+from llmrecipe.runs.report.dots import Dot, DotPlot, dot_plot
 from llmrecipe.runs.report.render import render
 
 LEADERBOARD_SECTIONS = [

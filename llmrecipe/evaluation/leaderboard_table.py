@@ -151,12 +151,12 @@ def read_entries(
     for record, (label, family) in zip(records, found, strict=True):
         facts = cost_facts(record)
         if metric is not None:
-            facts |= {"score": _score(record, metric, where), **_ends(record, metric, "score")}
+            facts |= _measured(record, metric, "score", where)
         for name in more:
             if name not in facts:
-                facts |= {name: _score(record, name, "columns"), **_ends(record, name, name)}
+                facts |= _measured(record, name, name, "columns")
         if tuned is not None:
-            facts |= {"tuned": flat(record.recipe)[tuned.key], "by": _score(record, tuned.by, "by")}
+            facts |= {"tuned": flat(record.recipe)[tuned.key], "by": _measured(record, tuned.by, "by", "by")["by"]}
         entries.append(LeaderboardEntry(label, family, int(record.recipe.get("seed", 0)), facts))
     return entries
 
@@ -281,18 +281,14 @@ def cost_facts(record: Record) -> dict[str, float]:
     }
 
 
-def _score(record: Record, metric: str, where: str) -> float:
+def _measured(record: Record, metric: str, name: str, where: str) -> dict[str, float]:
+    """Return a metric of a run under another name, with the ends of its interval where it has one."""
     metrics = read_metrics(record.path)
     if not isinstance(metrics.get(metric), int | float):
         near = did_you_mean(metric, metrics)
         raise RunError(f"{where}: {record.path} has no metric '{metric}'{near} (it has {', '.join(metrics) or 'none'})")
-    return float(metrics[metric])
-
-
-def _ends(record: Record, metric: str, name: str) -> dict[str, float]:
-    """Return the ends of the interval that a run gives a metric, under another name; none where it has none."""
-    metrics = read_metrics(record.path)
-    return {f"{name}/{end}": float(metrics[f"{metric}/{end}"]) for end in ENDS if f"{metric}/{end}" in metrics}
+    ends = {f"{name}/{end}": float(metrics[f"{metric}/{end}"]) for end in ENDS if f"{metric}/{end}" in metrics}
+    return {name: float(metrics[metric]), **ends}
 
 
 def better_of(metric: str, paths: Sequence[str], where: str) -> Direction:
@@ -373,12 +369,21 @@ def markdown(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> tuple
 def _cell(row: LeaderboardRow, column: Column) -> str:
     if column.key not in row.mean:
         return "-" if row.seeds else ""
-    text = number(_rounded(row.mean[column.key] * column.scale))
-    sd = row.spread.get(column.key)
+    mean, sd = _rounded(row.mean[column.key] * column.scale), row.spread.get(column.key)
     if column.spread and sd is not None:
-        return f"{text} ± {sd * column.scale:.2g}"
+        return spread_text(mean, sd * column.scale)
     ends = [row.mean[key] * column.scale for key in (f"{column.key}/{end}" for end in ENDS) if key in row.mean]
-    return f"{text} [{', '.join(map(number, ends))}]" if ends else text
+    return f"{number(mean)} [{', '.join(map(number, ends))}]" if ends else number(mean)
+
+
+def spread_text(mean: float, spread: float | None) -> str:
+    """Return a mean with its standard deviation, if there is one.
+
+    Examples:
+        >>> spread_text(0.625, 0.1768), spread_text(0.875, None)
+        ('0.625 ± 0.18', '0.875')
+    """
+    return number(mean) if spread is None else f"{number(mean)} ± {spread:.2g}"
 
 
 def _rounded(value: float) -> float | int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrecipe.core.console import number
 from llmrecipe.runs.report.charts import COLOURS, Axis, axis
 
 WIDTH, HEIGHT = 720, 400
@@ -88,13 +87,3 @@ def dot_plot(dots: Sequence[Dot], across: str, up: str) -> DotPlot:
 
 def _ticks(scale: Axis) -> list[tuple[float, str]]:
     return [(i / (len(scale.ticks) - 1), text) for i, text in enumerate(scale.ticks)]
-
-
-def spread_text(mean: float, spread: float | None) -> str:
-    """Return a mean with its standard deviation, if there is one.
-
-    Examples:
-        >>> spread_text(0.625, 0.1768), spread_text(0.875, None)
-        ('0.625 ± 0.18', '0.875')
-    """
-    return number(mean) if spread is None else f"{number(mean)} ± {spread:.2g}"
