@@ -101,12 +101,12 @@ def _run_all(pipeline: Pipeline, keep_going: bool) -> None:
     """
     waiting = list(pipeline.plan.stages)
     running: dict[Future[int], Started] = {}
-    failures: list[Exception] = []
-    stopping = False
+    survived: list[Exception] = []
+    fatal: Exception | None = None
     with ThreadPoolExecutor(pipeline.children.machine.slots) as pool:
         while waiting or running:
             try:
-                while not stopping and (started := _next(pipeline, waiting)) is not None:
+                while fatal is None and (started := _next(pipeline, waiting)) is not None:
                     running[pool.submit(execute, started.child, started.planned, started.continued)] = started
                 if not running:
                     break
@@ -116,20 +116,22 @@ def _run_all(pipeline: Pipeline, keep_going: bool) -> None:
                     del pipeline.children.running[started.planned.name]
                     pipeline.results.append(_ended(pipeline, started, future.result()))
             except Exception as error:  # whatever it is, the other stages are ended in order before it is raised
-                if stopping:
+                if fatal is not None:
                     continue
-                failures.append(error)
                 if keep_going and isinstance(error, LlmRecipeError) and not isinstance(error, Interrupted):
+                    survived.append(error)
                     say(f"{_first_line(error)} (stages that do not need it go on)")
                 else:
-                    stopping = True
+                    fatal = error
                     pipeline.children.stop()
-    if stopping or len(failures) == 1:
-        raise failures[-1]
-    if failures:
+    if fatal is not None:
+        raise fatal
+    if len(survived) == 1:
+        raise survived[0]
+    if survived:
         lines = [
-            f"{len(failures)} stages failed; {len(waiting)} need them and did not run:",
-            *map(_first_line, failures),
+            f"{len(survived)} stages failed; {len(waiting)} need them and did not run:",
+            *map(_first_line, survived),
             f"finished stages are reused by the same command:\n  {pipeline.command}",
         ]
         raise RunError("\n".join(lines))
