@@ -303,12 +303,12 @@ class Search:
         path = self.folder / "trials.jsonl"
         if not path.is_file():
             return []
-        with reading(str(path), "choose another run.dir, or delete the folder"):
+        remedy = "choose another run.dir, or delete the folder"
+        with reading(str(path), remedy):
             text = path.read_text(encoding="utf-8")
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         if "".join(lines) != text:
             write_text(path, "".join(lines))
-        remedy = "choose another run.dir, or delete the folder"
         trials = []
         for number, line in enumerate(lines, 1):
             with reading(f"{path}:{number}: this trial of the search is damaged", remedy):
