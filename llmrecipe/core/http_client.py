@@ -248,10 +248,10 @@ class Client:
 
     def _send(self, content: bytes, path: str) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if self._key() and not _is_token(self._key()):
-            raise RunError(f"{self.who}: the environment variable {self.key_env} holds {UNSENDABLE}; set it again")
-        if self._key():
-            headers["Authorization"] = f"Bearer {self._key()}"
+        if key := self._key():
+            if not _is_token(key):
+                raise RunError(f"{self.who}: the environment variable {self.key_env} holds {UNSENDABLE}; set it again")
+            headers["Authorization"] = f"Bearer {key}"
         with self._lock:
             self.requests += 1
         request = urllib.request.Request(self.url.rstrip("/") + path if path else self.url, content, headers)
