@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.http_client import Client
 from llmrecipe.data.collate import Sequence
 from llmrecipe.engine.teacher import TopTokens
@@ -45,12 +45,12 @@ class TeacherServer:
         body = {"model": self.model, "prompt": list(sequence.ids), "max_tokens": 1, "prompt_logprobs": count}
         reply = self.client.post(body, PATH)
         try:
-            found: list[Any] = json.loads(reply)["choices"][0]["prompt_logprobs"]
+            found: list[Any] = parse_json(reply)["choices"][0]["prompt_logprobs"]
             for row, at in enumerate(wanted):
                 listed = sorted(((float(v["logprob"]), -int(token)) for token, v in found[at].items()), reverse=True)[:count]
                 logprobs[row] = torch.tensor([value for value, _ in listed])
                 ids[row] = torch.tensor([-token for _, token in listed])
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
             text = (
                 f"teacher {self.url}: the reply has no {count} log-probabilities by token id at every position of the prompt "
                 f"(choices[0].prompt_logprobs, as vLLM gives them); got {reply[:200]!r}"

@@ -205,7 +205,8 @@ def test_a_server_that_refuses_logprobs_is_asked_for_a_vote() -> None:
 
 
 @pytest.mark.parametrize(
-    "trouble", [(429, {}), (500, {}), (503, b"busy"), (200, b"not json"), (200, {"choices": []}), (0, 0.6)]
+    "trouble",
+    [(429, {}), (500, {}), (503, b"busy"), (200, b"not json"), (200, b"[" * 100_000), (200, {"choices": []}), (0, 0.6)],
 )
 def test_trouble_that_passes(trouble: tuple[int, Any]) -> None:
     with server(trouble, trouble, (200, reply("A", BOTH))) as (url, asked):

@@ -200,6 +200,8 @@ def test_http_asks_again_when_the_server_is_busy() -> None:
         ((500, {}), {"retries": 2}, 3, "no scores after 3 attempts.*status 500"),
         ((400, {"error": "no"}), {}, 1, "status 400"),
         ((200, b"not json"), {}, 1, "the reply is not"),
+        ((200, b"[" * 100_000), {}, 1, "the reply is not"),
+        ((200, {"scores": [10**400]}), {}, 1, "the reply is not"),
         ((200, {"scores": [1.0, 2.0]}), {}, 1, "2 scores for 1 answers"),
         ((200, {"scores": [float("nan")]}), {}, 1, "must be a finite number.*got nan"),
     ],

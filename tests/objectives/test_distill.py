@@ -178,9 +178,17 @@ def test_a_server_gives_the_likeliest_tokens_of_the_targets() -> None:
     assert requests[0]["path"].endswith("/completions")
 
 
-def test_a_reply_without_log_probabilities_is_refused() -> None:
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"choices": [{"text": "hello"}]},
+        {"choices": [{"prompt_logprobs": [None, {"5": {"logprob": -(10**400)}, "6": {"logprob": -1}}]}]},
+        b"[" * 100_000,
+    ],
+)
+def test_a_reply_without_log_probabilities_is_refused(reply: object) -> None:
     with (
-        server((200, {"choices": [{"text": "hello"}]})) as (url, _),
+        server((200, reply)) as (url, _),
         pytest.raises(RunError, match="prompt_logprobs, as vLLM gives"),
     ):
         TeacherServer(url, "large").top([Sequence([5, 6], [0, 1])], 2, 1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, cast
 
 from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.http_client import Client, Refused, Unreadable, check_address
 from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.core.redact import variable_of
@@ -206,7 +206,7 @@ class Http(Judge):
         with self._lock:
             self.count.logprob_requests += "logprobs" in more
         try:
-            reply = json.loads(self.client.post(body, PATH))
+            reply = parse_json(self.client.post(body, PATH))
         except Refused as error:
             if error.code in STOPS:
                 raise
@@ -238,7 +238,7 @@ class Http(Judge):
 def _wrong(reply: bytes) -> str | None:
     """Describe what is wrong with the form of a reply; None where it is valid."""
     try:
-        message = json.loads(reply)["choices"][0]["message"]
+        message = parse_json(reply)["choices"][0]["message"]
         ok = isinstance(message.get("content") or "", str)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         ok = False

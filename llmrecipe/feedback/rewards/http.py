@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.http_client import Client, check_address
 from llmrecipe.core.option_types import NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.core.redact import variable_of
@@ -64,9 +64,9 @@ class Http(Reward):
 
     def _numbers(self, reply: bytes, count: int) -> list[float | None]:
         try:
-            scores = json.loads(reply)["scores"]
+            scores = parse_json(reply)["scores"]
             numbers = [None if s is None else float(s) for s in scores]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             wanted = f'reward server {self.url}: the reply is not {{"scores": [numbers]}}: {reply[:200]!r}'
             raise RunError(self.client.clean(wanted)) from error
         if len(numbers) != count:
