@@ -14,6 +14,11 @@ from llmrecipe.data.formats.data_format import DataFormat
 
 Row = Mapping[str, Any]
 
+
+class UnclearColumns(DataError):
+    """A column that a format needs could be any of several."""
+
+
 _SIDES = (
     "{}",
     "{}_response",
@@ -31,6 +36,8 @@ def _sided(role: str, *words: str) -> tuple[str, ...]:
     return tuple(name for word in (role, *words) for name in (form.format(word) for form in _SIDES) if name != role)
 
 
+JUDGEMENTS = ("kto_tag", "liked", "desirable", "is_desirable", "thumbs_up")
+"""Names of a label that say that it holds a judgement, which `label` itself may or may not be."""
 ALIASES: dict[str, tuple[str, ...]] = {
     "text": (
         "content", "contents", "raw_content", "document", "body", "article", "story", "passage", "sentence", "review",
@@ -58,8 +65,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "unpreferred", "non_preferred", "y_l", "response_k",
     ),
     "label": (
-        "labels", "class", "category", "target", "y", "sentiment", "intent", "label_id", "label_name", "class_label", "kto_tag",
-        "liked", "desirable", "is_desirable", "thumbs_up",
+        "labels", "class", "category", "target", "y", "sentiment", "intent", "label_id", "label_name", "class_label",
+        *JUDGEMENTS,
     ),
     "input_ids": ("ids", "token_ids"),
     "image": ("picture", "img", "photo", "image_path"),
@@ -99,7 +106,7 @@ def recognise(
         keeps_columns: other columns are kept, so none is unused.
 
     Raises:
-        DataError: a column could be any of several, and no other format fits.
+        UnclearColumns: a column could be any of several, and no other format fits.
     """
     known = {(role, one) for one in formats for columns in one.columns for role in (*columns, *one.optional)}
     spelled = {normal_name(alias) for role, one in known for alias in (role, *names_of(role, one))}
@@ -127,7 +134,7 @@ def recognise(
         _, _, best, mapping = min(found, key=lambda one: one[:2])
         return best, mapping
     if unclear:
-        raise DataError(_unclear(unclear[0], where))
+        raise UnclearColumns(_unclear(unclear[0], where))
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from llmrecipe.data.formats.aliases import names_of, normal_name
+from llmrecipe.data.formats.aliases import JUDGEMENTS, names_of, normal_name
 from llmrecipe.data.formats.bad_row import BadRow, spelled
 from llmrecipe.data.formats.data_format import DataFormat, Row
 
@@ -71,10 +71,6 @@ def number_of(row: Row, column: str) -> float:
     if not math.isfinite(number) or isinstance(value, bool):
         raise BadRow(f"'{column}' is not a finite number", f"{value!r:.80}")
     return number
-
-
-JUDGEMENTS = ("kto_tag", "liked", "desirable", "is_desirable", "thumbs_up")
-"""Columns whose names say that they hold a judgement, which a `label` may or may not be."""
 
 
 def is_judged(row: Row, found: DataFormat) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.aliases import normal_name
+from llmrecipe.data.formats.aliases import UnclearColumns, normal_name
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import DetectedFormat, detect, map_columns
@@ -58,9 +58,10 @@ def readings(part: Part, sample: Sequence[Row], order: Sequence[str], columns: d
     for rows in order:
         try:
             detected = detect(mapped, rows, "auto", where)
-        except DataError as error:
-            if "could be any of the columns" in str(error):
-                unclear = unclear or str(error)
+        except UnclearColumns as error:
+            unclear = unclear or str(error)
+            continue
+        except DataError:
             continue
         named = [map_columns(row, detected.aliases, sample=True) for row in mapped]
         used = detected.format.matches(named[0])
