@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
@@ -28,8 +27,6 @@ class TokenIds(DataFormat):
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return the ids as given."""
         ids, labels = row["input_ids"], row.get("labels")
-        if isinstance(ids, str):
-            ids = json.loads(ids)
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise BadRow("'input_ids' is not a list of token ids", f"{ids!r:.80}")
         if labels is not None and len(labels) != len(ids):
