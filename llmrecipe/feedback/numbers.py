@@ -106,7 +106,7 @@ def extract_number(text: str) -> Number | None:
         if PART.match(plain, match.end()) or PART.fullmatch(plain[max(match.start() - 4, 0) : match.start()][::-1].strip()):
             continue
         found, end = _read(match) or found, match.end()
-    return None if plain.rfind(NO_NUMBER) >= end and NO_NUMBER in plain else found
+    return None if plain.rfind(NO_NUMBER) >= end else found
 
 
 def same_number(one: str, other: str) -> bool:
