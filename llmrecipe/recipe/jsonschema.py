@@ -143,7 +143,7 @@ def _defaults(checked: bool) -> dict[str, Any]:
             value = {"if": {"type": "array"}, "then": {"items": name}, "else": name}
         choices[WORDS.format(group)] = value
     # Groups of the user's own are folders next to the recipe.
-    own: dict[str, Any] = {"^(optional )?(override )?/?[A-Za-z_][A-Za-z0-9_]*$": {}}
+    own: dict[str, Any] = {WORDS.format("[A-Za-z_][A-Za-z0-9_]*"): {}}
     choice = {
         "type": "object",
         "patternProperties": {**choices, **own},
