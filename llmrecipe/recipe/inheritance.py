@@ -109,12 +109,7 @@ class DefaultsChain:
         for index, entry in enumerate(entries):
             where = source.where("defaults", index)
             if isinstance(entry, str) and entry != "_self_" and entry.strip("/").split("/")[0].split("@")[0] not in GROUPS:
-                before = len(self.links)
-                parent = self._add(self._resolve(entry, source.path, where), under)
-                link.extends.append(parent.id)
-                # A file that is reached twice is merged once, where it is first named.
-                if len(self.links) > before:
-                    parents.append(f"/{parent.id}")
+                parents += self._extend(link, self._resolve(entry, source.path, where), under)
             elif isinstance(entry, dict) and len(entry) == 1 and _words_of(entry)[1] not in GROUPS:
                 words, group = _words_of(entry)
                 self._check_group(group, source.path, where)
@@ -136,14 +131,20 @@ class DefaultsChain:
                 )
         is_base = source.path.stem == "base" and source.path.parent in [*roots(), packaged().resolve()]
         if not is_base and not any(self._stands_on_base(i) for i in link.extends):
-            before = len(self.links)
-            base = self._add(self._resolve("/base", source.path, short(source.path)), under)
-            link.extends.insert(0, base.id)
-            if len(self.links) > before:
-                parents.insert(0, f"/{base.id}")
+            parents = self._extend(link, self._resolve("/base", source.path, short(source.path)), under, first=True) + parents
         if "_self_" not in parents:
             parents.append("_self_")
         link.defaults = parents
+
+    def _extend(self, link: Link, path: Path, under: tuple[Path, ...], first: bool = False) -> list[str]:
+        """Extend a file by another one, before all others if `first`; return the entry for Hydra.
+
+        There is none for a file that was reached before: it is merged once, where it is first named.
+        """
+        before = len(self.links)
+        parent = self._add(path, under)
+        link.extends.insert(0 if first else len(link.extends), parent.id)
+        return [f"/{parent.id}"] if len(self.links) > before else []
 
     def _missing(self, group: str, choice: Choice, source: Path) -> list[str]:
         """Return the options of an optional choice that do not exist."""
@@ -180,10 +181,7 @@ class DefaultsChain:
                     f"{where}: there is no {group} '{name}'{did_you_mean(str(name), known)} "
                     f"(in {short(folder)}: {', '.join(known) or 'nothing'})"
                 )
-            before = len(self.links)
-            parent = self._add(known[name].resolve(), under)
-            link.extends.append(parent.id)
-            entries += [f"/{parent.id}"] if len(self.links) > before else []
+            entries += self._extend(link, known[name].resolve(), under)
         return entries
 
     def folders(self) -> list[Path]:
