@@ -232,16 +232,16 @@ class Runtime:
 
     # --- collectives ----------------------------------------------------------------------------------------------
 
-    def _meeting_place(self, tensor: Tensor) -> torch.device:
+    def _meeting_place(self, own: torch.device) -> torch.device:
         """Return where a tensor is reduced: numbers of the host stay there, so that they do not wait for the device."""
-        on_host = tensor.device.type == "cpu" and self.device.type in ("cpu", *HOST_GROUPS)
-        return tensor.device if on_host else self.device
+        on_host = own.type == "cpu" and self.device.type in ("cpu", *HOST_GROUPS)
+        return own if on_host else self.device
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over processes, in the tensor's own dtype; the argument is not changed."""
         if self.world == 1:
             return tensor
-        total = tensor.detach().to(self._meeting_place(tensor), copy=True)
+        total = tensor.detach().to(self._meeting_place(tensor.device), copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
 
@@ -249,7 +249,7 @@ class Runtime:
         """Return the largest value over processes, elementwise; the argument is not changed."""
         if self.world == 1:
             return tensor
-        largest = tensor.detach().to(self._meeting_place(tensor), copy=True)
+        largest = tensor.detach().to(self._meeting_place(tensor.device), copy=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.to(tensor.device)
 
@@ -285,7 +285,7 @@ class Runtime:
 
     def _broadcast(self, content: bytes, source: int) -> bytes:
         # Bytes of JSON rather than torch's object collectives, which pickle.
-        place = self._meeting_place(torch.zeros(()))
+        place = self._meeting_place(torch.device("cpu"))
         size = torch.tensor([len(content)], dtype=torch.int64, device=place)
         dist.broadcast(size, source)
         data = torch.zeros(int(size), dtype=torch.uint8, device=place)

@@ -120,7 +120,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
         parts.objective.prepare_rows(recipe, rows, runtime.device)
         seed_everything(recipe.seed)
-        stack = Stack([*parts.wrappers, *parts.objective.role_wrappers(parts.wrappers)])
+        stack = stack_for(parts.objective, parts.wrappers)
         model = build_model(recipe, parts.objective, stack, labels, resume, runtime.device.type)
         if parts.objective.model_head() in ("causal", "seq2seq"):
             keep_trained_template(model.tokenizer, data.report.template, data.report.format)
@@ -213,6 +213,11 @@ def check_objective(objective: Objective, wrappers: list[Any]) -> None:
         raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
 
 
+def stack_for(objective: Objective, wrappers: list[Any]) -> Stack:
+    """Return the stack of a training: the recipe's wrappers, and those an objective adds for its roles."""
+    return Stack([*wrappers, *objective.role_wrappers(wrappers)])
+
+
 def on_meta(
     recipe: Recipe,
     objective: Objective,
@@ -293,7 +298,7 @@ def check_attention(recipe: Recipe, objective: Objective, wrappers: list[Wrapper
     """
     base, _, _ = open_model.resolve_section(recipe.model)
     if may_bypass_attention(base, objective.model_head()):
-        on_meta(recipe, objective, Stack([*wrappers, *objective.role_wrappers(wrappers)]), labels, "cpu")
+        on_meta(recipe, objective, stack_for(objective, wrappers), labels, "cpu")
 
 
 def planned_rows(

@@ -15,7 +15,7 @@ from llmrecipe.data.validation import warnings as data_warnings
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.reference_policy import needs_snapshot
 from llmrecipe.feedback.directions import direction
-from llmrecipe.methods._base.stack import DIVIDED_REFERENCE, Stack, base_parameters, kind_name
+from llmrecipe.methods._base.stack import DIVIDED_REFERENCE, base_parameters, kind_name
 from llmrecipe.models.checkpoint_path import STACK_FILE
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import parameter_groups
@@ -123,8 +123,7 @@ def examine(composition: Composition, made: StackChoices | None = None, follow: 
     device = pick_device(settings.runtime.device)
     check_family(settings, parts.objective)
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
-    wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
-    stack = Stack([*wrappers, *parts.objective.role_wrappers(wrappers)])
+    stack = build_run.stack_for(parts.objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
     build_run.check_chain(settings, parts.wrappers)
     parts.objective.check(settings, data)
     check_monitor(settings, parts.objective, validation, composition.origins)

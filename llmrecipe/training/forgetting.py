@@ -11,7 +11,7 @@ with one, are counted and reported. Source of the measure: arXiv 2308.08747, 240
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,19 +44,20 @@ Sums = list[list[float]]
 
 def score_before(run: RunState) -> None:
     """Score the general sets under the model the run starts from, and keep the scores of every row in the run directory."""
-    before = {name: row_losses(run, rows, base=True) for name, rows in general_rows(run.recipe, run.objective).items()}
-    if not before:
+    sets = general_rows(run.recipe, run.objective)
+    if not sets:
         return
+    before = {name: row_losses(run, rows, base=True) for name, rows in sets.items()}
     run.events.evaluation(step=0, **{f"general/{name}": _mean(np.array(sums)) for name, sums in before.items()})
     if run.runtime.is_main:
         write_text(run.dir.path / FORGETTING, json.dumps(before) + "\n")
-    report_overlap(run)
+    report_overlap(run, sets)
 
 
-def report_overlap(run: RunState) -> None:
+def report_overlap(run: RunState, sets: Mapping[str, TokenData]) -> None:
     """Report how many rows of each general set are training rows, or share a run of tokens with one."""
     found: dict[str, int] = {}
-    for name, rows in general_rows(run.recipe, run.objective).items():
+    for name, rows in sets.items():
         if not isinstance(run.data, TokenData):
             run.events.warning(f"eval.forgetting.{name}: training rows that are streamed are not searched for its rows")
             continue

@@ -91,8 +91,7 @@ def predict_pass(
     objective = parts.objective
     objective.read_folder(recipe.model)
     objective.check(recipe, data)
-    wrappers = [w.for_tasks(data.tasks) for w in parts.wrappers]
-    stack = Stack([*wrappers, *objective.role_wrappers(wrappers)])
+    stack = build_run.stack_for(objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
     _refuse(recipe, objective, stack, chosen)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _stopped(), torch.random.fork_rng(devices=[]):

@@ -64,22 +64,12 @@ class MetricSums:
         for name, entry in metrics.items():
             value, count = entry
             if isinstance(entry, Largest | Smallest):
-                if count:
-                    self._extreme(name, 1.0 if isinstance(entry, Largest) else -1.0, value)
-                else:
-                    self.extremes.setdefault(name, (1.0 if isinstance(entry, Largest) else -1.0, -math.inf))
+                sign = 1.0 if isinstance(entry, Largest) else -1.0
+                known = self.extremes.get(name, (sign, -math.inf))[1]
+                self.extremes[name] = (sign, _larger(known, sign * exact(value)) if count else known)
                 continue
-            self.sums[name] = self.sums[name] + _exact(value)
-            self.counts[name] = self.counts[name] + _exact(count)
-
-    def _extreme(self, name: str, sign: float, value: Number) -> None:
-        known, own = self.extremes.get(name, (sign, -math.inf))[1], sign * _exact(value)
-        if isinstance(own, torch.Tensor):
-            # Like Python's `max`, it does not take a NaN for the larger one.
-            largest: Any = own.fmax(known if isinstance(known, torch.Tensor) else torch.full_like(own, known))
-        else:
-            largest = max(known, own)
-        self.extremes[name] = (sign, largest)
+            self.sums[name] = self.sums[name] + exact(value)
+            self.counts[name] = self.counts[name] + exact(count)
 
     def mean(self, runtime: Reductions) -> dict[str, float]:
         """Return means over all ranks; every rank must have seen the same names."""
@@ -122,9 +112,16 @@ class LateMetrics:
         return means | {n: math.nan if v == -math.inf else sign * v for (n, sign), v in zip(self.extremes, found, strict=True)}
 
 
-def _exact(value: Number) -> Number:
+def exact(value: Number) -> Number:
     """Return a number as float64, on the device where it is."""
     return value.detach().to(exact_float(value.device)) if isinstance(value, torch.Tensor) else float(value)
+
+
+def _larger(known: Number, own: Number) -> Number:
+    """Return the larger of two numbers, on the device if the second is there; as by `max`, a NaN is never the larger one."""
+    if isinstance(own, torch.Tensor):
+        return own.fmax(known if isinstance(known, torch.Tensor) else torch.full_like(own, known))
+    return max(known, own)
 
 
 def _over_ranks(reduce: Callable[[Tensor], Tensor], numbers: Sequence[Number]) -> list[Number]:

@@ -335,8 +335,7 @@ def _replaced_tensors(module: nn.Module, hooks: list[Hook]) -> Iterator[None]:
         for hook in hooks:
             kept.setdefault(hook.tensor, module._parameters[hook.tensor])
             # The entry keeps its place in the dictionary, so the order of parameters never changes.
-            alone = sum(other.tensor == hook.tensor for other in hooks) == 1
-            module._parameters[hook.tensor] = _replaced(hook, getattr(module, hook.tensor), alone)  # type: ignore[assignment]
+            module._parameters[hook.tensor] = _replaced(hook, getattr(module, hook.tensor), hooks)  # type: ignore[assignment]
         if kept:
             module.__dict__["_kept_tensors"] = kept
         yield
@@ -345,9 +344,11 @@ def _replaced_tensors(module: nn.Module, hooks: list[Hook]) -> Iterator[None]:
         module._parameters.update(kept)
 
 
-def _replaced(hook: Hook, value: Tensor, alone: bool) -> Tensor:
-    """Return the W' of a weight hook; `alone`: no other one changes that tensor, so that W is the stored one."""
-    if hook.sharing is None or not alone or value.requires_grad or not torch.is_grad_enabled():
+def _replaced(hook: Hook, value: Tensor, hooks: list[Hook]) -> Tensor:
+    """Return the W' of one of a host's weight hooks, shared where W is the stored one: no other hook changes that tensor."""
+    if hook.sharing is None or value.requires_grad or not torch.is_grad_enabled():
+        return hook.weight(value)
+    if sum(other.tensor == hook.tensor for other in hooks) > 1:
         return hook.weight(value)
     return hook.sharing((hook.owner, id(value)), lambda: hook.weight(value))
 
