@@ -36,7 +36,10 @@ def verb(
     if plot is not None:
         draw_panels(records, wanted, plot)
     if out is not None:
-        _write_page(records, metric or [], out)
+        from llmrecipe.runs.report.render import write_drawn
+        from llmrecipe.runs.report.several import several_page
+
+        write_drawn("compare", out, several_page(records, metric or []))
     if as_json:
         curves = {r.name: {m: r.curve(m) for m in wanted} for r in records}
         facts = {r.name: r.facts() for r in records}
@@ -47,22 +50,6 @@ def verb(
         say(f"curves: {plot}")
     if out is not None:
         say(f"report: {out}")
-
-
-def _write_page(records: list[Record], metrics: list[str], path: Path) -> None:
-    """Write the comparison as a page.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    from llmrecipe.core.errors import RunError
-    from llmrecipe.runs.report.several import several_page
-
-    text = several_page(records, metrics)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"compare: cannot write {path}: {error.strerror or error}") from error
 
 
 def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str]) -> None:

@@ -172,12 +172,10 @@ def _fitted(
     name: str | None, file: str, model: str | None, columns: str | None, objective: str | None, stack: str | None
 ) -> None:
     """Write a recipe fitted to a file, with the schema that its first line names."""
-    import json
-
     from llmrecipe.cli.fitted_recipe import fit_recipe, readable
     from llmrecipe.cli.recipe_text import SCHEMA, free_name, recipe_text
     from llmrecipe.recipe.compose import load_entry_points
-    from llmrecipe.recipe.jsonschema import json_schema
+    from llmrecipe.recipe.jsonschema import schema_text
 
     load_entry_points()
     methods = _chosen(objective, stack)
@@ -192,7 +190,7 @@ def _fitted(
         raise
     schema = path.parent / SCHEMA
     if not schema.exists():
-        _write(schema, json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n")
+        _write(schema, schema_text())
         say(f"wrote {schema}, for editors")
     if note:
         say(f"note: {note}")

@@ -29,8 +29,8 @@ def verb(
     if live:
         _serve(run, out or card, port, as_json)
         return
-    from llmrecipe.core.errors import RunError
     from llmrecipe.runs.report.page import run_page
+    from llmrecipe.runs.report.render import write_drawn
     from llmrecipe.runs.run_record import read_run
 
     target = out or run / "report.html"
@@ -40,10 +40,7 @@ def verb(
 
         files[card] = report_card(run)
     for path, text in files.items():
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"report: cannot write {path}: {error.strerror or error}") from error
+        write_drawn("report", path, text)
     if as_json:
         print_json({"report": str(target), **read_run(run).facts()})
     else:

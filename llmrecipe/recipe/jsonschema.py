@@ -7,6 +7,7 @@ that name no plugins, whose components an editor cannot know.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from llmrecipe.core import registry
@@ -22,6 +23,11 @@ REFERENCE = {
 
 WORDS = "^(optional )?(override )?/?{}$"
 """How an entry of a defaults list names a group."""
+
+
+def schema_text() -> str:
+    """Return the schema as the text of a file."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from llmrecipe.core.console import number
+from llmrecipe.core.errors import RunError
 from llmrecipe.core.paths import ASSETS
 
 FOLDER = ASSETS / "report"
@@ -56,6 +58,18 @@ def policy(live: bool = False) -> str:
         sources["connect-src"] = "'self'"
     sources |= {"base-uri": "'none'", "form-action": "'none'"}
     return "; ".join(f"{name} {value}" for name, value in sources.items())
+
+
+def write_drawn(verb: str, path: Path, text: str) -> None:
+    """Write a page or a card to where a verb was to put it.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{verb}: cannot write {path}: {error.strerror or error}") from error
 
 
 @functools.cache
