@@ -66,10 +66,10 @@ class MetricSums:
             if isinstance(entry, Largest | Smallest):
                 sign = 1.0 if isinstance(entry, Largest) else -1.0
                 known = self.extremes.get(name, (sign, -math.inf))[1]
-                self.extremes[name] = (sign, _larger(known, sign * exact(value)) if count else known)
+                self.extremes[name] = (sign, _larger(known, sign * exact_number(value)) if count else known)
                 continue
-            self.sums[name] = self.sums[name] + exact(value)
-            self.counts[name] = self.counts[name] + exact(count)
+            self.sums[name] = self.sums[name] + exact_number(value)
+            self.counts[name] = self.counts[name] + exact_number(count)
 
     def mean(self, runtime: Reductions) -> dict[str, float]:
         """Return means over all ranks; every rank must have seen the same names."""
@@ -112,7 +112,7 @@ class LateMetrics:
         return means | {n: math.nan if v == -math.inf else sign * v for (n, sign), v in zip(self.extremes, found, strict=True)}
 
 
-def exact(value: Number) -> Number:
+def exact_number(value: Number) -> Number:
     """Return a number as float64, on the device where it is."""
     return value.detach().to(exact_float(value.device)) if isinstance(value, torch.Tensor) else float(value)
 

@@ -11,7 +11,7 @@ import torch
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.data.transfer import Arriving
-from llmrecipe.methods._base.late_values import LateMetrics, MetricSums, exact
+from llmrecipe.methods._base.late_values import LateMetrics, MetricSums, exact_number
 from llmrecipe.models.hooks.shared_weights import shared_weights
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def backprop(context: StepContext, micros: list[Batch]) -> StepResult | LateResu
                 value.backward()
                 finish_micro()
             if counts:
-                total = total + exact(loss.total)
+                total = total + exact_number(loss.total)
                 sums.add(loss.metrics)
     result = LateResult(sums.late(context.runtime, [total], [context.clip()]), weight)
     if not context.late and not result.read().finite:
