@@ -12,7 +12,6 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
-from llmrecipe.evaluation.leaderboard_page import leaderboard_page
 from llmrecipe.evaluation.leaderboard_plot import draw_parts, draw_plot
 from llmrecipe.evaluation.leaderboard_table import (
     MEMORY,
@@ -39,7 +38,6 @@ from llmrecipe.recipe.step_spec import StepComposition, unfinished
 from llmrecipe.runs.run_record import read_run
 
 if TYPE_CHECKING:
-    from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardEntry
     from llmrecipe.evaluation.win_rate import HeadToHead
     from llmrecipe.pipelines.steps.workspace import Work
     from llmrecipe.recipe.pipeline_plan import Plan
@@ -186,6 +184,8 @@ class Leaderboard(Step):
         rows_wanted: Sequence[tuple[str, str]] = (),
     ) -> dict[str, Any]:
         """Write the files from finished runs; rows that have none are empty."""
+        from llmrecipe.evaluation.leaderboard_page import leaderboard_page
+
         tuned = Tuned(self.tuned, self.by) if self.tuned is not None else None
         entries = read_entries(paths, None if self.against else self.metric, more=self.columns, tuned=tuned, labels=labels)
         if self.against is not None:
