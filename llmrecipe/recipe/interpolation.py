@@ -16,6 +16,7 @@ from llmrecipe.core.redact import SECRET, variable_of
 from llmrecipe.recipe.provenance import Origins, leaves, origin_of
 from llmrecipe.recipe.yaml_file import LARGEST, KeyPath, YamlFile, dotted
 
+CIRCLE = "names itself in a circle"
 PIECE = re.compile(r"(?<!\\)\$\{([^}]*)\}?")
 PLAIN = re.compile(r"^\.*[A-Za-z_][\w]*(\.[\w]+)*$")
 STAGE = re.compile(r"^(?:stage|matrix):\s*([A-Za-z_][\w-]*)$")
@@ -42,9 +43,7 @@ def interpolate(mapping: dict[str, Any], origins: Origins) -> dict[str, Any]:
             _resolve(config, key)
         except (OmegaConfBaseException, RecursionError) as error:
             reason = (
-                "names itself in a circle"
-                if isinstance(error, RecursionError) or "recurs" in str(error).lower()
-                else str(error).split("\n")[0]
+                CIRCLE if isinstance(error, RecursionError) or "recurs" in str(error).lower() else str(error).split("\n")[0]
             )
             raise RecipeError(f"{dotted(key)}: {text} {reason}{_at(origins, key)}") from error
     resolved = OmegaConf.to_container(config, resolve=True)
@@ -56,7 +55,7 @@ def _refuse_growth(mapping: dict[str, Any], texts: list[tuple[KeyPath, str]], or
     """Refuse interpolations that would write out more than `LARGEST` characters: names of names grow without end.
 
     Raises:
-        RecipeError: naming the value.
+        RecipeError: naming the value; also one that names others too deep to be followed.
     """
     sizes: dict[KeyPath, int] = {}
 
@@ -92,7 +91,10 @@ def _refuse_growth(mapping: dict[str, Any], texts: list[tuple[KeyPath, str]], or
 
     total = 0
     for key, text in texts:
-        total += size_at(key, text)
+        try:
+            total += size_at(key, text)
+        except RecursionError as error:
+            raise RecipeError(f"{dotted(key)}: {text} {CIRCLE}{_at(origins, key)}") from error
         if total > LARGEST:
             raise RecipeError(
                 f"{dotted(key)}: written out, the values that are named with ${{...}} have more than {LARGEST >> 20} million "

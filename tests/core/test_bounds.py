@@ -22,6 +22,7 @@ from llmrecipe.data.formats.sources import open_split
 from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.pipelines.search.space import grid_points
 from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.interpolation import interpolate
 from llmrecipe.recipe.overrides import parse_overrides
 from llmrecipe.recipe.pipeline_plan import plan
 from llmrecipe.recipe.schema import DataSection, SearchSection
@@ -84,6 +85,12 @@ def test_names_of_names_do_not_grow_without_end(kind: str, tmp_path: Path) -> No
     path.write_text("defaults: [/sft_lora, _self_]\nvars:\n" + "\n".join(lines))
     with pytest.raises(RecipeError, match=r"vars.a\d.*more than 16 million characters \[.*x.yaml:\d"):
         compose(path)
+
+
+def test_values_that_name_others_in_a_long_chain_are_refused() -> None:
+    chain = {f"a{i}": f"${{vars.a{i + 1}}}" for i in range(600)}
+    with pytest.raises(RecipeError, match=r"^vars\.a0: \$\{vars\.a1\} names itself in a circle"):
+        interpolate({"vars": {**chain, "a600": "x"}}, {})
 
 
 def test_what_a_recipe_multiplies_is_bounded(tmp_path: Path) -> None:
