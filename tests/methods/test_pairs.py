@@ -145,15 +145,20 @@ ENCODED = [(a, b) for a, b in LEGAL if {a, b} & set(FAMILY) and not {a, b} & RUL
 @pytest.mark.parametrize("order", ["as listed", "reversed"])
 def test_both_parts_of_a_pair_on_an_encoder(first: str, second: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have gradients, and those are the slope of the loss in float64."""
-    trained_together(*((second, first) if order == "reversed" else (first, second)), EXACT, monkeypatch)
+    kinds = (second, first) if order == "reversed" else (first, second)
+    trained_together(monkeypatch, *((kind, EXACT.get(kind, {})) for kind in kinds))
 
 
-def trained_together(first: str, second: str, options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train both on a model that one of them is made for, under options by kind."""
-    kinds = (first, second)
-    family = next((FAMILY[k] for k in kinds if k in MIXTURES), None) or next(FAMILY[k] for k in kinds if k in FAMILY)
-    wrappers = [wrapper_of(k, n, **options.get(k, {})) for k, n in ((first, "one"), (second, "two"))]
-    made = put(model_of(family), *wrappers)
+def home_of(*kinds: str) -> str:
+    """Return the model that one of the kinds is made for."""
+    named = [FAMILY[k] for k in kinds if k in MIXTURES] or [FAMILY[k] for k in kinds if k in FAMILY]
+    return named[0] if named else "gpt2"
+
+
+def trained_together(monkeypatch: pytest.MonkeyPatch, *chosen: tuple[str, dict[str, Any]]) -> None:
+    """Train two kinds with their options on a model that one of them is made for."""
+    wrappers = [wrapper_of(kind, name, **options) for (kind, options), name in zip(chosen, ("one", "two"), strict=True)]
+    made = put(model_of(home_of(*(kind for kind, _ in chosen))), *wrappers)
     made.stack.before_step(made.model, 0)
     fill(made.model)
     refresh(made.stack, made.model)
@@ -169,8 +174,12 @@ def trained_together(first: str, second: str, options: dict[str, dict[str, Any]]
         assert wanted > 0.5 and slope == pytest.approx(wanted, rel=1e-5)
 
 
-BY_DEFAULT = {("esft", "ia3"): {"ia3": {"scaled": ["key", "value"]}}}
-"""Pairs that the table refuses for what their default options do -> options under which both train."""
+BY_DEFAULT: dict[tuple[str, str], tuple[dict[str, list[str]], dict[str, list[str]]]] = {
+    ("esft", "ia3"): ({}, {"scaled": ["key", "value"]}),
+    ("bitfit", "bitfit"): ({"terms": ["intermediate"]}, {"terms": ["output"]}),
+    ("bitfit", "s4"): ({}, {"tuned": ["G1", "G2"]}),
+}
+"""Pairs that the table refuses for what their default options do -> the options of each under which both train."""
 
 
 def test_pairs_that_are_refused_by_default_alone_are_known() -> None:
@@ -183,14 +192,19 @@ def test_a_pair_refused_by_default_is_refused_by_the_run_and_trains_with_the_opt
     pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (found,) = [p for p in ALL if (p.first, p.second) == pair]
-    ((kind, changed),) = BY_DEFAULT[pair].items()
-    assert all(f"{kind}'s {key}=[{','.join(value)}]" in str(found.reason) for key, value in changed.items())
-    for first, second in (pair, pair[::-1]):
+    changed = BY_DEFAULT[pair]
+    said = str(found.reason)
+    for kind, options in zip(pair, changed, strict=True):
+        assert all(
+            f"{kind}'s {key}=[{','.join(value)}]" in said or f"and {key}=[{','.join(value)}]" in said
+            for key, value in options.items()
+        )
+    for order in ((0, 1), (1, 0)):
         # A stack is judged by the options it has, so that its declaration alone refuses nothing.
-        stack = [wrapper_of(first, "one"), wrapper_of(second, "two")]
-        with pytest.raises(ModelError, match="as well; leave them out"):
-            put(model_of(FAMILY[pair[0]]), *stack)
-        trained_together(first, second, BY_DEFAULT[pair], monkeypatch)
+        stack = [wrapper_of(pair[i], f"n{i}") for i in order]
+        with pytest.raises(ModelError, match=r"as well; leave them out|trains the same biases"):
+            put(model_of(home_of(*pair)), *stack)
+        trained_together(monkeypatch, *((pair[i], changed[i]) for i in order))
 
 
 SIZES = {"block", "budget", "depths", "hidden", "n_tokens", "num_batches", "num_samples", "num_virtual_tokens", "p", "r"}

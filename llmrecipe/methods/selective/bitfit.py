@@ -76,6 +76,10 @@ class Bitfit(Wrapper):
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     stage: ClassVar[Stage] = Stage.SELECT
     mergeable: ClassVar[bool] = True
+    conflicts_by_default: ClassVar[dict[str, str]] = {
+        "bitfit": "both would train the same biases; with bitfit's terms=[intermediate] and terms=[output] both train",
+        "s4": "two of its groups train the same biases; with s4's tuned=[G1,G2] both train",
+    }
 
     terms: Literal["all"] | list[Literal["query", "key", "value", "attn_out", "intermediate", "output", "norm"]] = "all"
     """Which biases train: all of the model, or those of some projections and norms."""
