@@ -7,11 +7,15 @@ their number belongs to the result.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from llmrecipe.core.foreign import parse_json, reading
+from llmrecipe.core.foreign import parse_json
+
+logger = logging.getLogger(__name__)
 
 FILE = "looks.jsonl"
 """File of a run with a line for each look."""
@@ -20,25 +24,42 @@ FILE = "looks.jsonl"
 def note_look(run: Path, by: str, **facts: object) -> int:
     """Add a look to those of a run and return how many there are.
 
+    A training that was killed while it scored the split and goes on scores the same weights again, which is no further look.
+
     Args:
         run: run directory.
         by: what scored the split: training or eval.
-        facts: further JSON values, such as the step of the weights.
+        facts: what identifies the weights, as JSON values, such as their step; without any, each look is another one.
     """
+    before = read_looks(run)
+    if facts and any({key: look.get(key) for key in ("by", *facts)} == {"by": by, **facts} for look in before):
+        return len(before)
     line = {"by": by, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
-    with open(run / FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    return len(read_looks(run))
+    with open(run / FILE, "a+b") as file:
+        # A process that was killed may have left half a line, which must not swallow this one.
+        cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+    return len(before) + 1
 
 
 def read_looks(run: Path) -> list[dict[str, Any]]:
     """Return the looks of a run, the first one first; none where its test split was never scored.
 
-    Raises:
-        RunError: the file is damaged.
+    A damaged line is left out with a warning; an incomplete last one, whose writing was interrupted before the split was read,
+    silently.
     """
     file = run / FILE
     if not file.is_file():
         return []
-    with reading(str(file), "remove the line that is no JSON"):
-        return [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = file.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            look = parse_json(line) if line.strip() else None
+        except ValueError:
+            look = ()
+        if isinstance(look, dict):
+            found.append(look)
+        elif look is not None and number < len(lines):
+            logger.warning("%s:%d: this line is not a look at the test split; it is left out", file, number)
+    return found

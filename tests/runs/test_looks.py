@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.cli.app import run_command
-from llmrecipe.core.errors import DataError, RunError
+from llmrecipe.core.errors import DataError
 from llmrecipe.data.prepare import prepare
 from llmrecipe.recipe.schema import DataSection
-from llmrecipe.runs.looks import FILE, read_looks
+from llmrecipe.runs.looks import FILE, note_look, read_looks
 from llmrecipe.runs.run_record import read_run
 from tests.data.toys import byte_tokenizer
 from tests.trainings import events, train_recipe
@@ -50,6 +50,16 @@ def test_training_without_a_test_leaves_the_split_closed(tmp_path: Path) -> None
     assert read_looks(tmp_path / "run") == [] and "test_looks" not in read_run(tmp_path / "run").facts()
     with pytest.raises(DataError, match="the test split is sealed"):
         prepare(DataSection(path="builtin:classify"), byte_tokenizer(), "labelled", split="test", seed=0)
-    (tmp_path / FILE).write_text("{\n", encoding="utf-8")
-    with pytest.raises(RunError, match=r"looks\.jsonl"):
-        read_looks(tmp_path)
+
+
+def test_a_cut_or_damaged_line_stops_nothing_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = '{"by": "eval"}\n'
+    (tmp_path / FILE).write_text(whole + '{"by": "trai', encoding="utf-8")
+    assert read_looks(tmp_path) == [{"by": "eval"}] and not caplog.records, "a process was killed while it wrote the line"
+    assert note_look(tmp_path, "training", step=2) == 2
+    assert [look["by"] for look in read_looks(tmp_path)] == ["eval", "training"] and f"{FILE}:2" in caplog.text
+    assert note_look(tmp_path, "training", step=2) == 2, "the same weights"
+    assert (note_look(tmp_path, "training", step=4), note_look(tmp_path, "eval"), note_look(tmp_path, "eval")) == (3, 4, 5)
+    (tmp_path / FILE).write_bytes(b"\xff\xfe\n[1]\n" + whole.encode())
+    caplog.clear()
+    assert read_looks(tmp_path) == [{"by": "eval"}] and len(caplog.records) == 2
