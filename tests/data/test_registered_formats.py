@@ -80,7 +80,7 @@ def test_what_a_row_type_says_of_itself() -> None:
         "scored": ("type_ids",),
         "tagged": ("words",),
         "passages": ("type_ids", "windows", "begins", "ends", "starts", "stops", "nulls"),
-        "choices": ("choice_lengths", "choice_chars", "choice_bytes"),
+        "choices": ("choice_lengths", "choice_tokens", "choice_chars", "choice_bytes"),
         "words": ("words",),
         "pictured_words": ("words",),
         "structured_text": ("words", "sentences"),

@@ -88,7 +88,9 @@ def passage(row: int, length: int) -> dict[str, Any]:
 def question(row: int, length: int) -> dict[str, Any]:
     choices = [[*ids(row, 1 + (length + i) % 4, 5 + i), 2] for i in range(1 + row % 3)]
     flat = [token for choice in choices for token in choice]
-    sizes = {"choice_chars": [3 + i for i in range(len(choices))], "choice_bytes": [5 - i for i in range(len(choices))]}
+    sizes: dict[str, Any] = {name: [first + i for i in range(len(choices))] for name, first in (("chars", 3), ("bytes", 5))}
+    sizes = {f"choice_{name}": values for name, values in sizes.items()}
+    sizes |= {"choice_tokens": [len(choice) - 1 for choice in choices], "right": row % len(choices)}
     return {
         "row": row,
         "prompt_ids": ids(row, 2 + row % 4),

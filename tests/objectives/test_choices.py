@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.data.prepare import prepare
 from llmrecipe.engine.generation import prompt_and_reference
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, unlikelihood
+from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, ranked_texts, unlikelihood
 from llmrecipe.recipe.schema import DataSection
 from tests.data.toys import byte_tokenizer
 from tests.models.configs import tiny
@@ -29,6 +30,16 @@ ROWS: list[tuple[list[int], list[list[int]]]] = [
     ([33, 4], [[9, 9, 2], [10, 2]]),
 ]
 """(prompt, choices, the right one first)."""
+HARNESS_TASK = """task: which
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {0}/asked.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: acc_bytes}}, {{metric: acc_mutual_info}}]
+"""
 
 
 def token_rows(rows: list[tuple[list[int], list[list[int]]]] = ROWS) -> list[dict[str, Any]]:
@@ -38,6 +49,8 @@ def token_rows(rows: list[tuple[list[int], list[list[int]]]] = ROWS) -> list[dic
             "prompt_ids": p,
             "choice_ids": [t for c in choices for t in c],
             "choice_lengths": [len(c) for c in choices],
+            "choice_tokens": [len(c) - 1 for c in choices],
+            "right": len(choices) - 1,
             "choice_chars": [2 * len(c) for c in choices],
             "choice_bytes": [3 * len(c) for c in choices],
         }
@@ -117,34 +130,103 @@ def test_the_terms_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([-math.log(0.75), 0.0], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_ranks_count_rows_that_have_a_choice_and_a_tie_is_no_answer() -> None:
+@pytest.mark.parametrize(("listed", "wanted"), [([0, 1, 0, 1, 0], 2), ([0, 1, 1, 0, 0], 1), ([1, 0, 1, 0, 0], 1)])
+def test_ranks_count_rows_that_have_a_choice_and_of_equal_ones_the_first_is_chosen(listed: list[int], wanted: int) -> None:
+    """Row 0 prefers the right answer, row 1 neither, row 2 has no choice."""
     scores = torch.tensor([0.0, -1.0, -2.0, -2.0, -5.0])
-    sums = torch.tensor([-3.0, -1.0, -2.0, -1.0, -5.0])
+    sums = torch.tensor([-3.0, -1.0, -2.0, -1.0, float("nan")])
     places = {"right_places": torch.tensor([0, 2, 4]), "wrong_places": torch.tensor([1, 3])}
-    batch: Any = SimpleNamespace(extra={"choice_row": torch.tensor([0, 0, 1, 1, 2]), **places})
+    rows = {"choice_row": torch.tensor([0, 0, 1, 1, 2]), "choice_place": torch.tensor(listed)}
+    batch: Any = SimpleNamespace(extra={**rows, **places})
     batch.here = batch
     found = Choices()._ranks({"rank_accuracy": scores, "rank_accuracy/sum": sums}, batch, 3)
     assert {name: (int(n), count) for name, (n, count) in found.items()} == {
-        "rank_accuracy": (1, 2.0),
+        "rank_accuracy": (wanted, 2.0),
         "rank_accuracy/sum": (0, 2.0),
     }
 
 
 def test_each_rank_divides_the_sum_by_its_own_size() -> None:
-    """Weights of zero give every token log p = -log 64: sums of -2 and -3 of it, over tokens, characters and bytes by hand."""
+    """Weights of zero give every token log p = -log 64: texts of 1 and 2 tokens and an end, by hand."""
     model = tiny_model()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     roles = roles_for(model)
-    row = {"row": 0, "prompt_ids": [5, 9], "choice_ids": [7, 2, 11, 12, 2], "choice_lengths": [2, 3]}
+    lengths = {"choice_lengths": [2, 3], "choice_tokens": [1, 2]}
+    row = {"row": 0, "prompt_ids": [5, 9], "choice_ids": [7, 2, 11, 12, 2], **lengths}
     for sizes, wanted in (
-        ({"choice_chars": [2, 4], "choice_bytes": [2, 2]}, {"sum": 1, "characters": 0, "bytes": 1}),
+        ({"choice_chars": [2, 5], "choice_bytes": [2, 2]}, {"sum": 1, "characters": 0, "bytes": 1}),
         ({"choice_chars": [4, 4], "choice_bytes": [2, 9]}, {"sum": 1, "characters": 1, "bytes": 0}),
     ):
-        loss = Choices().loss(Choices().collate([{**row, **sizes}], roles), roles)
-        found = {name: int(loss.metrics[f"rank_accuracy/{name}"][0]) for name in wanted}
-        assert found == wanted and loss.metrics["rank_accuracy"] == (0, 1.0), "equal means are no answer"
+        for right in (0, 1):
+            loss = Choices().loss(Choices().collate([{**row, **sizes, "right": right}], roles), roles)
+            found = {name: int(loss.metrics[f"rank_accuracy/{name}"][0]) for name in wanted}
+            first = int(right == 0)
+            assert found == wanted and loss.metrics["rank_accuracy/tokens"] == (first, 1.0), (
+                "of equal means the first is chosen"
+            )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_texts_are_scored_without_their_end_and_without_the_prompt_where_that_is_wanted(family: str, packing: bool) -> None:
+    """The sums of each text, and what they gain over the same text after nothing but the start token, one by one."""
+    model = model_of(family)
+    roles = roles_for(model, Stack([]), packing)
+    start = roles.tokenizer.bos_token_id if roles.tokenizer.bos_token_id is not None else roles.tokenizer.eos_token_id
+    objective = Choices(mutual_information=True)
+    data: Any = token_rows()
+    batch = objective.collate(objective.evaluation_rows(data, [0, 1, 2]), roles)
+    logprobs = roles.policy(batch)["logprobs"].detach()
+    found = ranked_texts(logprobs, batch)
+    texts = [(prompt, choice) for prompt, choices in ROWS for choice in choices]
+    sums = torch.stack([token_logprobs(model, p, c)[:-1].sum() for p, c in texts]).detach()
+    alone = torch.stack([token_logprobs(model, [start], c)[:-1].sum() for _, c in texts]).detach()
+    torch.testing.assert_close(found["rank_accuracy/sum"], sums, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(found["rank_accuracy/mutual_information"], sums - alone, atol=1e-10, rtol=1e-10)
+    sizes = torch.tensor([len(c) - 1 for _, c in texts])
+    torch.testing.assert_close(found["rank_accuracy/tokens"], sums / sizes, atol=1e-10, rtol=1e-10)
+    plain = Choices()
+    with torch.no_grad():
+        without, shown = plain.evaluate(plain.collate(data, roles), roles), objective.evaluate(batch, roles)
+    assert set(shown) - {"loss"} == set(objective.measures()) and "rank_accuracy/mutual_information" not in without
+    for name, (value, count) in without.items():
+        assert (float(shown[name][0]), shown[name][1]) == pytest.approx((float(value), count)), name
+
+
+def test_the_ranks_are_those_of_lm_evaluation_harness(tmp_path: Path) -> None:
+    """acc, acc_norm, acc_bytes and acc_mutual_info of rows with ties, by the harness itself on the same model and texts."""
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'llmrecipe[eval]'")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    words = ["blue", "seven", "a red hen", "Köln", "the old barn", "no", "日本", "eight"]
+    chance = random.Random(0)
+    asked = [{"q": f"{i}: which of these is it?", "choices": chance.sample(words, 4), "gold": i % 4} for i in range(40)]
+    for row in asked[:4]:
+        row["choices"] = ["no", "no", "no", "no"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    (tmp_path / "which.yaml").write_text(HARNESS_TASK.format(tmp_path), encoding="utf-8")
+    torch.manual_seed(0)
+    model, tokenizer = tiny("gpt2", vocab_size=300).eval(), byte_tokenizer(template=None)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4, add_bos_token=False)
+    out = lm_eval.simple_evaluate(model=theirs, tasks=["which"], task_manager=TaskManager(include_path=str(tmp_path)))
+    wanted = out["results"]["which"]
+    rows = [
+        {"prompt": row["q"], "completion": f" {row['choices'][row['gold']]}", "options": [f" {c}" for c in row["choices"]]}
+        for row in asked
+        if len({*row["choices"]}) == 4
+    ]
+    objective, roles = Choices(mutual_information=True), roles_for(model)
+    roles.tokenizer = tokenizer
+    data = read(tmp_path, rows, validation=0)
+    found = objective.evaluate(objective.collate(objective.evaluation_rows(data, [*range(len(data))]), roles), roles)
+    names = {"sum": "acc", "characters": "acc_norm", "bytes": "acc_bytes", "mutual_information": "acc_mutual_info"}
+    same = 1.0  # of the four rows of equal options, the harness chooses the first, which is right in one
+    for name, harness in names.items():
+        right, count = found[f"rank_accuracy/{name}"]
+        assert (float(right) + same) / (count + 4) == pytest.approx(wanted[f"{harness},none"]), name
 
 
 def test_characters_and_bytes_are_those_of_the_answers_text(tmp_path: Path) -> None:

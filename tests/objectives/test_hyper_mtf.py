@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_runs import TaskRows
 from llmrecipe.feedback.directions import measured
 from llmrecipe.feedback.generated_answers import answer_rows, score_answers
-from llmrecipe.objectives.finetuning.hyper_mtf import HyperMtf, drawn, likeliest, rows_by_task
+from llmrecipe.objectives.finetuning.hyper_mtf import HyperMtf, drawn, rows_by_task
 from llmrecipe.recipe.compose import compose
 from llmrecipe.runs.open_model import tokenizer_of
 from tests.objectives.harness import Case, Held
@@ -26,7 +27,7 @@ from tests.objectives.harness import Case, Held
 def row(number: int, task: int) -> dict[str, Any]:
     """A row whose tokens name it: 1000 + its number, and 2000 + its number for the right answer."""
     choices = {"choice_ids": [2000 + number, 2, 3000, 2], "choice_lengths": [2, 2]}
-    sizes = {"choice_chars": [4, 4], "choice_bytes": [4, 4]}
+    sizes = {"choice_tokens": [1, 1], "choice_chars": [4, 4], "choice_bytes": [4, 4], "right": 0}
     return {"row": number, "prompt_ids": [1, 1000 + number], **choices, **sizes, "task": task}
 
 
@@ -102,11 +103,17 @@ def test_draws_are_even() -> None:
     assert counts[[0, 1, 3, 4, 5]] / counts.sum() == pytest.approx([0.2] * 5, abs=0.015)
 
 
-def test_the_likeliest_choice_of_rows_of_unequal_numbers() -> None:
-    """The right answer stands first and wins only alone."""
-    scores = torch.tensor([-1.0, -2.0, -3.0, -0.5, -0.5, -4.0, -9.0, -1.0])
-    places = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
-    assert likeliest(scores, places).tolist() == [0, 1, 0, 1]
+def test_the_index_of_the_likeliest_choice_is_found_from_its_place_among_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices are the right one and then the others; of equal scores the option listed first is chosen."""
+    places = {
+        "choice_row": [0, 0, 0, 1, 1, 1, 2, 3, 3],
+        "choice_place": [1, 0, 2, 2, 0, 1, 0, 0, 1],
+        "right_places": [0, 3, 6, 7],
+    }
+    batch: Any = SimpleNamespace(extra={name: torch.tensor(values) for name, values in places.items()})
+    scores = torch.tensor([-1.0, -2.0, -1.0, -3.0, -3.0, -1.0, -9.0, float("nan"), -1.0])
+    monkeypatch.setattr(HyperMtf, "_answers", lambda *_: (None, scores))
+    assert HyperMtf()._ranked(batch, cast(Any, None))[1].tolist() == [0, 2, 0, 1]
 
 
 def test_means_over_tasks_by_hand() -> None:

@@ -76,6 +76,8 @@ def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -
 def with_choices(row: Row, conversion: Conversion) -> Row:
     """Return the prompt of a row with its completion, and as a row of choices with its other options, each once.
 
+    `right` is the place of the completion among the options as they are listed, after all of them where it is none of them.
+
     Raises:
         BadRow: the options are no list.
     """
@@ -85,9 +87,11 @@ def with_choices(row: Row, conversion: Conversion) -> Row:
     if not isinstance(others, list):
         raise BadRow("'options' is not a list", f"{others!r:.80}")
     every = {"completion": row["completion"]}
-    every |= {f"options[{i}]": o for i, o in enumerate(others) if o != row["completion"] and o not in others[:i]}
+    once = [(i, option) for i, option in enumerate(others) if option not in others[:i]]
+    every |= {f"options[{i}]": option for i, option in once if option != row["completion"]}
+    right = next((place for place, (_, option) in enumerate(once) if option == row["completion"]), len(once))
     found = prompt_answers({**row, **every}, tuple(every), conversion)
-    return {**{k: v for k, v in found.items() if k not in every}, "choices": [found[name] for name in every]}
+    return {**{k: v for k, v in found.items() if k not in every}, "choices": [found[name] for name in every], "right": right}
 
 
 GIVEN = (

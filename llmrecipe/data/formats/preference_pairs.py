@@ -58,7 +58,8 @@ def paired(prompt_row: Row, row: Row, conversion: Conversion) -> list[Row]:
             )
         shared = {k: v for k, v in pair.items() if k not in ("chosen", "rejected")}
         if conversion.rows == "choices":
-            return [{**shared, "choices": [pair["chosen"], pair["rejected"]]}]
+            # A pair lists no options in an order; after the other one, the right answer does not win by a tie.
+            return [{**shared, "choices": [pair["chosen"], pair["rejected"]], "right": 1}]
         return [
             {**shared, "completion": pair["chosen"], "label": True},
             {**shared, "completion": pair["rejected"], "label": False},

@@ -11,6 +11,9 @@ from llmrecipe.data.tokenize.answers import encode_answers
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.row_type import RowType
 
+SIZES = ("choice_tokens", "choice_chars", "choice_bytes")
+"""Columns with a size of each choice's text."""
+
 
 def said(answer: str | list[dict[str, Any]]) -> str:
     """Return the text of an answer, plain or of its messages, without white space before it.
@@ -25,17 +28,18 @@ def said(answer: str | list[dict[str, Any]]) -> str:
 
 @register
 class Choices(RowType):
-    """A prompt with the answers to choose from, the right one first.
+    """A prompt with the answers to choose from, the right one first, and its place among the options as they were listed.
 
     No answer is cut: its likelihood and its length are those of the whole, or the row is left out.
 
-    Canonical row: prompt, choices. Token row: prompt_ids, choice_ids (of all choices), choice_lengths, and the characters and
-    UTF-8 bytes of each choice's text without white space before it (choice_chars, choice_bytes; + task).
+    Canonical row: prompt, choices, right. Token row: prompt_ids, choice_ids (of all choices), choice_lengths, how many of these
+    tokens are text rather than an end (choice_tokens), the characters and UTF-8 bytes of each choice's text without white space
+    before it (choice_chars, choice_bytes), and right (+ task).
     """
 
-    lists: ClassVar[tuple[str, ...]] = ("prompt_ids", "choice_ids", "choice_lengths", "choice_chars", "choice_bytes")
-    uncounted: ClassVar[tuple[str, ...]] = ("choice_lengths", "choice_chars", "choice_bytes")
-    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("task", "string"),)
+    lists: ClassVar[tuple[str, ...]] = ("prompt_ids", "choice_ids", "choice_lengths", *SIZES)
+    uncounted: ClassVar[tuple[str, ...]] = ("choice_lengths", *SIZES)
+    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("right", "int64"), ("task", "string"))
     prompted: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:
@@ -44,7 +48,8 @@ class Choices(RowType):
         def columns(row: dict[str, Any], answers: Sequence[list[int]]) -> dict[str, Any]:
             joined = [token for answer in answers for token in answer]
             texts = [said(choice) for choice in row["choices"]]
-            sizes = {"choice_chars": [*map(len, texts)], "choice_bytes": [len(text.encode()) for text in texts]}
-            return {"choice_ids": joined, "choice_lengths": [*map(len, answers)], **sizes}
+            sizes = (map(encoder.text_tokens, answers), map(len, texts), (len(text.encode()) for text in texts))
+            found = {name: [*size] for name, size in zip(SIZES, sizes, strict=True)}
+            return {"choice_ids": joined, "choice_lengths": [*map(len, answers)], **found, "right": row["right"]}
 
         encode_answers(encoder, items, report, [item.row["choices"] for item in items], columns, uncut=True)

@@ -120,6 +120,17 @@ class Encoder:
             at -= 1
         return at >= 0 and answer[at] in self.tokens.ends
 
+    def text_tokens(self, answer: Sequence[int]) -> int:
+        """Return the number of tokens of an answer before the end tokens and the white space it closes with, if it does."""
+        if not self.ends(answer):
+            return len(answer)
+        at = len(answer)
+        while at and answer[at - 1] not in self.tokens.ends:
+            at -= 1
+        while at and answer[at - 1] in self.tokens.ends:
+            at -= 1
+        return at
+
     def only_ends(self, answer: Sequence[int]) -> bool:
         """Return whether an answer is nothing but end tokens and white space."""
         return all(token in self.tokens.ends or self._is_space(token) for token in answer)

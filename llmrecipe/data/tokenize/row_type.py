@@ -12,7 +12,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 | tokens | input_ids (+ labels) | ids, trained |
 | preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
 | unpaired | prompt, completion, label | prompt_ids, completion_ids, label |
-| choices | prompt, choices (right one first) | prompt_ids, choice_ids (of all), choice_lengths, choice_chars, choice_bytes |
+| choices | prompt, choices (right one first), right | prompt_ids, choice_ids (of all), choice_lengths, choice_*, right |
 | prompt | prompt, columns | prompt_ids, columns (JSON text of the other columns) |
 | labelled | text (+ text_b), label | ids (+ type_ids), label |
 | scored | text (+ text_b), label (a number) | ids (+ type_ids), score |

@@ -16,11 +16,12 @@ from llmrecipe.core.option_types import Field, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data.collate import Batch
+from llmrecipe.data.row_types.choices import SIZES
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.examples import padded_texts, under_others, with_examples
-from llmrecipe.objectives.finetuning.choices import SIZES, choice_scores, lay_out_choices
+from llmrecipe.objectives.finetuning.choices import choice_scores, lay_out_choices, likeliest
 from llmrecipe.objectives.row_draws import generator
 from llmrecipe.objectives.token_math import TOKEN_METRICS
 
@@ -195,9 +196,13 @@ class HyperMtf(Objective):
         return loss, (sums / tokens.clamp_min(1.0)).detach()
 
     def _ranked(self, batch: Batch, roles: Roles) -> tuple[Loss, Tensor]:
-        """Return the loss of the right answers, and the place (R,) of the likeliest choice of each row, 0 the right one."""
+        """Return the loss of the right answers, and the index (R,) of each row's likeliest choice, 0 the right one."""
         loss, scores = self._answers(batch, roles)
-        return loss, likeliest(scores, batch.extra["choice_row"])
+        row, place, right = (batch.extra[name] for name in ("choice_row", "choice_place", "right_places"))
+        best, own = likeliest(scores, row, place, len(right)), place[right]
+        # The right answer stands before the options that are listed before it; scores that are no numbers choose the last.
+        index = torch.where(best == own, 0, best + (best < own).long())
+        return loss, index.minimum(torch.bincount(row, minlength=len(right)) - 1)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """Return loss and ranks, with the examples of the row's task and with those of another."""
@@ -237,22 +242,6 @@ class HyperMtf(Objective):
         return found
 
 
-def likeliest(scores: Tensor, row: Tensor) -> Tensor:
-    """Return the place of the largest score of each row, (R,); the first choice, the right one, only where no other equals it.
-
-    Args:
-        scores: (C,) of the choices, row after row.
-        row: (C,) which row each belongs to.
-    """
-    rows = int(row[-1]) + 1 if len(row) else 0
-    places = torch.arange(len(row), device=row.device) - _firsts(row, rows)[row]
-    width = int(places.max()) + 1 if len(row) else 1
-    table = scores.new_full((rows, max(width, 2)), float("-inf"))
-    table[row, places] = scores
-    wrong = table[:, 1:].argmax(1) + 1
-    return torch.where(table[:, 0] > table.gather(1, wrong[:, None])[:, 0], 0, wrong)
-
-
 def _firsts(row: Tensor, rows: int) -> Tensor:
     """Return the index of the first choice of each row, (R,)."""
     counts = torch.bincount(row, minlength=rows)
@@ -266,8 +255,8 @@ def _has_wrong(batch: Batch) -> Tensor:
 
 def _without_options(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row whose only choice is the right one."""
-    sizes = {name: row[name][:1] for name in SIZES.values()}
-    return {**row, **sizes, "choice_ids": right_answer(row), "choice_lengths": row["choice_lengths"][:1]}
+    sizes = {name: row[name][:1] for name in SIZES}
+    return {**row, **sizes, "choice_ids": right_answer(row), "choice_lengths": row["choice_lengths"][:1], "right": 0}
 
 
 def _digests(row: dict[str, Any]) -> list[int]:
