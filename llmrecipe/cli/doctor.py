@@ -29,6 +29,8 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "kernels": ("liger-kernel",),
     "eval": ("lm-eval",),
+    "metrics": ("sacrebleu",),
+    "serve": ("starlette", "uvicorn"),
 }
 
 

@@ -60,11 +60,16 @@ def verb(
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
     from llmrecipe.cli.early_checks import finished
     from llmrecipe.core.errors import UserError, did_you_mean
-    from llmrecipe.interop.export_options import FORMATS, ExportOptions
+    from llmrecipe.interop.export_options import FORMATS, OTHER_TOOLS, ExportOptions
     from llmrecipe.interop.merge_options import MergeConfig
     from llmrecipe.interop.run_plugins import open_plugins_of
     from llmrecipe.runs.durable import share_as_folder
 
+    if to in OTHER_TOOLS:
+        raise UserError(
+            f"--to {to}: not written by llmrecipe; write a merged folder (llmrecipe export {run} --to merged --out FOLDER): "
+            f"{OTHER_TOOLS[to]} (allowed: {', '.join(FORMATS)})"
+        )
     for key, value, allowed in (
         ("--to", to, FORMATS),
         ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),

@@ -20,7 +20,7 @@ from llmrecipe.core.errors import RunError
 from llmrecipe.core.forward_context import Context, current
 from llmrecipe.engine.continuous_batching import PendingPrompt
 from llmrecipe.engine.decoders import Decoding, decoder_of, equal, left_padded
-from llmrecipe.engine.sampling import Picker, Sampling
+from llmrecipe.engine.sampling import Picker, Report, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,8 +85,13 @@ def answered(
     context: Context | None = None,
     tasks: Sequence[int] | None = None,
     keys: Sequence[int | str] | None = None,
+    report: Report | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield the answers of `generate` in the order in which they end, each with its index."""
+    """Yield the answers of `generate` in the order in which they end, each with its index.
+
+    Args:
+        report: called with (index, token) as tokens are picked; in a padded batch also with those behind the end of an answer.
+    """
     if not prompts:
         return
     if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt]:
@@ -99,7 +104,7 @@ def answered(
     context = context or current()
     if tasks is None and context.task_ids is not None:
         tasks = context.task_ids[:, 0].expand(len(prompts)).tolist()
-    picker = Picker(sampling, range(len(prompts)) if keys is None else keys)
+    picker = Picker(sampling, range(len(prompts)) if keys is None else keys, report)
     ends = end_tokens(model, tokenizer)
     # Long prompts first: the largest batch comes first, and like lengths share a pass.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

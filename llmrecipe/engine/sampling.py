@@ -11,13 +11,16 @@ depend on which others share its batch, on the batch's size, or on the number of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as known
+
+Report = Callable[[int, int], None]
+"""Takes the index of an answer and its next token, as soon as it is picked."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class NextTokens(Protocol):
     """What decides the next tokens of rows."""
 
     greedy: bool
-    """Whether each is the likeliest."""
+    """Whether each is the likeliest, so that a library's own greedy search picks the same."""
 
     def pick(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
         """Return the next token of each row, (R,), from scores (R, V); see `Picker.pick`."""
@@ -50,16 +53,18 @@ class Picker:
 
     Args:
         keys: of the answers, which name their streams.
+        report: called with (answer, token) for each token at once; what it raises ends the decoding.
     """
 
-    def __init__(self, sampling: Sampling, keys: Sequence[int | str]):
-        self.greedy = sampling.temperature <= 0
+    def __init__(self, sampling: Sampling, keys: Sequence[int | str], report: Report | None = None):
+        self.likeliest, self.report = sampling.temperature <= 0, report
+        self.greedy = self.likeliest and report is None
         self.seen: dict[int, list[float]] | None = None
         """Answer -> log-probability of each of its tokens before any warping; None unless they are recorded."""
         self.uniform = torch.empty(0)
         """(answers, max_new_tokens) u in float64; empty where nothing is drawn."""
         self.warpers = known.LogitsProcessorList()
-        if self.greedy:
+        if self.likeliest:
             return
         seed = int(torch.randint(2**31, (1,))) if sampling.seed is None else sampling.seed
         self.uniform = torch.stack([stream(seed, key, sampling.max_new_tokens) for key in keys])
@@ -78,11 +83,14 @@ class Picker:
             answers: which answer each row is.
             at: how many tokens it has.
         """
-        tokens = logits.argmax(-1) if self.greedy else self._drawn(logits, answers, at)
+        tokens = logits.argmax(-1) if self.likeliest else self._drawn(logits, answers, at)
         if self.seen is not None:
             sure = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
             for answer, value in zip(answers, sure.tolist(), strict=True):
                 self.seen.setdefault(answer, []).append(value)
+        if self.report is not None:
+            for answer, token in zip(answers, tokens.tolist(), strict=True):
+                self.report(answer, token)
         return tokens
 
     def _drawn(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:

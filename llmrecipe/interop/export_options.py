@@ -11,6 +11,12 @@ from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.interop.merge_options import MergeConfig
 
 FORMATS = ("merged", "peft", "adapter_hub", "sentence_transformers")
+OTHER_TOOLS = {
+    "gguf": "llama.cpp's own converter reads it: python llama.cpp/convert_hf_to_gguf.py FOLDER --outfile FILE.gguf",
+    "awq": "llm-compressor, which chooses the scales from sample texts, reads it",
+    "gptq": "llm-compressor, which rounds the weights by sample texts, reads it",
+}
+"""Formats that are not written here -> what writes them from a merged folder."""
 OPTIONS_FILE = "export.json"
 """File in an exported folder that says how it was exported."""
 

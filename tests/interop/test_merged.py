@@ -226,3 +226,14 @@ def test_the_verb_proves_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "did you mean 'merged'" in capsys.readouterr().err
     assert command(["export", str(tmp_path / "run"), "--to", "peft", "--rank", "2"]) == 2
     assert "dylora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"), [("gguf", "convert_hf_to_gguf.py"), ("awq", "llm-compressor"), ("gptq", "llm-compressor")]
+)
+def test_a_format_of_other_tools_is_refused_with_the_way_to_it(
+    name: str, tool: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["export", "runs/mine", "--to", name]) == 2
+    message = capsys.readouterr().err
+    assert tool in message and "llmrecipe export runs/mine --to merged" in message

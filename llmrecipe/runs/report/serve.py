@@ -7,14 +7,14 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from llmrecipe.core.errors import RunError, UserError
+from llmrecipe.core.errors import UserError
+from llmrecipe.core.listening import LOOPBACK, cannot_serve
 from llmrecipe.runs.events import FILE
 from llmrecipe.runs.report.page import run_page
 from llmrecipe.runs.report.render import policy
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runs.verified import VERIFIED
 
-LOOPBACK = "127.0.0.1"
 READ = (FILE, "status.json", "report.json", "recipe.yaml", "final/metrics.json", VERIFIED)
 """Files of a run whose change makes another page."""
 
@@ -42,8 +42,7 @@ class ReportServer(ThreadingHTTPServer):
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RunError(f"--port: cannot serve at {LOOPBACK}:{port}: {reason}; --port 0 takes a free one") from error
+            raise cannot_serve(LOOPBACK, port, error) from error
 
     @property
     def address(self) -> str:
