@@ -49,6 +49,17 @@ def test_rouge_l_is_the_librarys_on_the_same_predictions() -> None:
     assert found.value == pytest.approx(sum(wanted) / len(wanted))
 
 
+def test_rouge_lsum_compares_lines_in_any_order() -> None:
+    """Two lines swapped share every word; as one text they share a subsequence of the longer one alone."""
+    pytest.importorskip("rouge_score")
+    lsum, plain = (registry.load_class("metric", name)() for name in ("rouge_lsum", "rouge_l"))
+    swapped = ("the hen sat\nthe owl slept", "the owl slept\nthe hen sat")
+    assert lsum.score(*swapped) == 1.0 and plain.score(*swapped) == 0.5
+    assert lsum.score("a b", "a b\na b") == pytest.approx(2 / 3), "a word counts as often as the prediction has it"
+    assert lsum.score("the hen sat", "the hen slept") == plain.score("the hen sat", "the hen slept")
+    assert lsum.score("", "x") == lsum.score("x", "\n") == 0.0 and "chrf" in lsum.unfit(["日本語"])
+
+
 def test_a_metric_that_reads_no_letter_of_the_references_says_so_once(tmp_path: Path) -> None:
     """Chinese answers that are right to the letter score 0; names with an accent are no reason to warn."""
     rouge = registry.load_class("metric", "rouge_l")()

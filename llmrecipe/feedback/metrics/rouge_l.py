@@ -24,6 +24,18 @@ def longest_common_subsequence(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
+def unread_script(references: Sequence[str]) -> str | None:
+    """Return a warning where more than a tenth of the letters and digits of references are outside a-z and 0-9, else None."""
+    signs = [sign for text in references for sign in text.lower() if sign.isalnum()]
+    unread = sum(WORD.fullmatch(sign) is None for sign in signs)
+    if unread <= UNREAD * len(signs):
+        return None
+    return (
+        f"{unread / len(signs):.0%} of the letters and digits of the references are outside a-z and 0-9 and do not count; "
+        "chrf reads every script"
+    )
+
+
 @register
 class RougeL(Metric):
     """ROUGE-L: F = 2 P R / (P + R) with P = lcs / |prediction|, R = lcs / |reference|; 0 where either is empty.
@@ -42,11 +54,4 @@ class RougeL(Metric):
 
     def unfit(self, references: Sequence[str]) -> str | None:
         """Warn where more than a tenth of the letters and digits are outside a-z and 0-9."""
-        signs = [sign for text in references for sign in text.lower() if sign.isalnum()]
-        unread = sum(WORD.fullmatch(sign) is None for sign in signs)
-        if unread <= UNREAD * len(signs):
-            return None
-        return (
-            f"{unread / len(signs):.0%} of the letters and digits of the references are outside a-z and 0-9 and do not count; "
-            "chrf reads every script"
-        )
+        return unread_script(references)
