@@ -75,6 +75,10 @@ class Objective:
     samples: ClassVar[bool] = False
     """Whether the policy writes the rows it is trained on, so that none can be scored beforehand."""
 
+    headline: ClassVar[tuple[str, ...]] = ("accuracy",)
+    """The few metrics besides the loss that a person follows while it trains: the screen shows those that a step or an
+    evaluation has; the run keeps all."""
+
     shards: ClassVar[tuple[str, ...]] = ()
     """Values of `runtime.shard` under which it has been shown to train what one process trains."""
     unsharded: ClassVar[str] = ""

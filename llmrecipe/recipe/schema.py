@@ -318,6 +318,10 @@ class LogSection(Section):
 
     every: PositiveInt = Field(1, description="Steps between step events.")
     live: Literal["auto", "on", "off"] = Field("auto", description="Live display when a person watches, plain lines otherwise.")
+    show: list[str] = Field(
+        default_factory=list,
+        description="Metrics to show besides the objective's few; [all] shows each that the run keeps in events.jsonl.",
+    )
     mfu: Literal["auto", "measure", "off"] = Field(
         "auto",
         description="Model FLOPs utilisation in step events: where the peak of the device is known, elsewhere too against a "

@@ -20,14 +20,14 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.redact import redact
 from llmrecipe.runs.durable import unfinished_path
-from llmrecipe.runs.progress_display import Display, display
+from llmrecipe.runs.progress_display import ALL, Display, display
 from llmrecipe.runs.tracker import OpenTracker, numbers_of, open_trackers
 
 FILE = "events.jsonl"
@@ -49,6 +49,7 @@ class Events:
         steps: length of the run, for the estimate of the remaining time.
         trackers: names of trackers to mirror to.
         config: the composed recipe, for the trackers.
+        metrics: what the screen shows besides loss, learning rate and speed (see `display`).
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Events:
         steps: int | None = None,
         trackers: Iterable[str] = (),
         config: dict[str, Any] | None = None,
+        metrics: Sequence[str] = (ALL,),
     ):
         self.path = folder / FILE if folder is not None else None
         self.last_step = 0
-        self.screen: Display | None = display(live, steps) if folder is not None else None
+        self.screen: Display | None = display(live, steps, metrics=metrics) if folder is not None else None
         self.trackers: list[OpenTracker] = open_trackers(trackers, folder, redact(config or {})) if folder is not None else []
         self._kept: Counter[str] = Counter()
         self._warned: set[str] = set()

@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llmrecipe.core.console import number, sparkline
 from llmrecipe.core.printable import message_text
-from llmrecipe.core.score_intervals import shown
+from llmrecipe.core.score_intervals import ENDS, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import RenderableType
 
 
 HIDDEN = {"event", "step", "tokens", "path"}
 """Keys that the table does not show."""
+ALWAYS = {"loss", "lr", "tokens_per_s"}
+"""Values that are shown of every run."""
+ALL = "all"
+"""Stands for every metric among those to show."""
 
 
 class Display(Protocol):
@@ -32,18 +38,23 @@ class Display(Protocol):
         """Restore the terminal."""
 
 
-def display(live: str, steps: int | None, stream: TextIO | None = None) -> Display:
-    """Return a live panel when requested or on a terminal, plain lines otherwise."""
+def display(live: str, steps: int | None, stream: TextIO | None = None, metrics: Sequence[str] = (ALL,)) -> Display:
+    """Return a live panel when requested or on a terminal, plain lines otherwise.
+
+    Args:
+        metrics: names, without the split in front, of what is shown besides the loss, the learning rate and the speed.
+    """
     stream = stream or sys.stdout
     attended = stream.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
-    return Panel(steps, stream) if live == "on" or (live == "auto" and attended) else Lines(steps, stream)
+    kind: type[Panel | Lines] = Panel if live == "on" or (live == "auto" and attended) else Lines
+    return kind(steps, stream, metrics=metrics)
 
 
 class Lines:
     """Plain lines, at most one a second for steps, so that a log stays readable."""
 
-    def __init__(self, steps: int | None, stream: TextIO, seconds: float = 1.0):
-        self.steps, self.stream, self.seconds = steps, stream, seconds
+    def __init__(self, steps: int | None, stream: TextIO, seconds: float = 1.0, metrics: Sequence[str] = (ALL,)):
+        self.steps, self.stream, self.seconds, self.metrics = steps, stream, seconds, metrics
         self.shown = -seconds
 
     def show(self, event: dict[str, Any], replay: bool = False) -> None:
@@ -57,7 +68,7 @@ class Lines:
                 return
             self.shown = now
         at = f"step {step}" + (f"/{self.steps}" if self.steps else "")
-        print(f"{at}  {event_text(event)}", file=self.stream, flush=True)
+        print(f"{at}  {event_text(event, self.metrics)}", file=self.stream, flush=True)
 
     def expect(self, steps: int) -> None:
         """See `Display.expect`."""
@@ -67,7 +78,25 @@ class Lines:
         """See `Display.close`."""
 
 
-def event_text(event: dict[str, Any]) -> str:
+def displayed(event: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    """Return the values of a step or an evaluation that are shown: all of them where none is among the chosen metrics.
+
+    Examples:
+        >>> event = {"event": "evaluation", "step": 1, "eval/loss": 1.0, "eval/f1": 0.5, "eval/f1/low": 0.4, "eval/rows": 9.0}
+        >>> displayed(event, ["f1"])
+        {'eval/loss': 1.0, 'eval/f1': 0.5, 'eval/f1/low': 0.4}
+    """
+    values = {k: v for k, v in event.items() if k not in HIDDEN}
+    if ALL in metrics or event["event"] not in ("step", "evaluation"):
+        return values
+    wanted = {*ALWAYS, *metrics}
+    names = wanted | {f"{name}/{end}" for name in wanted for end in ENDS}
+    # An evaluation names its rows in front: eval/loss.
+    bare = {k: k.partition("/")[2] if event["event"] == "evaluation" else k for k in values}
+    return {k: v for k, v in values.items() if bare[k] in names} or values
+
+
+def event_text(event: dict[str, Any], metrics: Sequence[str] = (ALL,)) -> str:
     """Return an event in one line, printable."""
     kind = event["event"]
     if kind == "warning":
@@ -76,7 +105,7 @@ def event_text(event: dict[str, Any]) -> str:
         return f"saved {event['path']}"
     if kind == "sample":
         return message_text(f"sample: {event['prompt']!r} -> {event['answer']!r}")
-    values = shown({k: v for k, v in event.items() if k not in HIDDEN}, number)
+    values = shown(displayed(event, metrics), number)
     pairs = message_text("  ".join(f"{k} {v}" for k, v in values.items()))
     return pairs if kind == "step" else f"{kind}: {pairs}"
 
@@ -84,12 +113,12 @@ def event_text(event: dict[str, Any]) -> str:
 class Panel:
     """A live panel: progress with the time left, the loss curve, the newest metrics, the newest messages."""
 
-    def __init__(self, steps: int | None, stream: TextIO):
+    def __init__(self, steps: int | None, stream: TextIO, metrics: Sequence[str] = (ALL,)):
         from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.console = Console(file=stream)
+        self.console, self.metrics = Console(file=stream), metrics
         clock = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self.progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), *clock, console=self.console)
         self.task = self.progress.add_task("step", total=steps)
@@ -102,7 +131,7 @@ class Panel:
         """See `Display.show`."""
         kind = event["event"]
         if kind in ("step", "evaluation"):
-            self.newest[kind] = {k: v for k, v in event.items() if k not in HIDDEN}
+            self.newest[kind] = displayed(event, self.metrics)
             self.progress.update(self.task, completed=event["step"])
         if kind == "step" and event.get("loss") is not None:
             self.losses.append(float(event["loss"]))

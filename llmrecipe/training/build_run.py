@@ -115,7 +115,9 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         folder = directory.path if runtime.is_main else None
         live, trackers = recipe.log.live, recipe.log.trackers
         identity = identify(recipe, directory, data, validation) if runtime.is_main else None
-        events = Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping)
+        watched = recipe.eval.monitor.partition("/")[2]
+        metrics = (*parts.objective.headline, *recipe.eval.metrics, watched, *recipe.log.show)
+        events = Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping, metrics=metrics)
         rows = planned_rows(recipe, parts.objective, data, validation, steps)
         scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
         parts.objective.prepare_rows(recipe, rows, runtime.device)

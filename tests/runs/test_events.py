@@ -127,6 +127,21 @@ def test_plain_lines_are_throttled_but_first_last_and_the_rest_are_shown():
     ]
 
 
+def test_a_step_shows_the_metrics_that_were_chosen_and_all_where_there_are_none_of_them():
+    def text(event: dict[str, object], *metrics: str) -> str:
+        lines = Lines(None, stream := io.StringIO(), metrics=metrics)
+        lines.show({"step": 1, **event})
+        return stream.getvalue().strip()
+
+    step = {"event": "step", "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "rewards/margins": 3.0, "logps/chosen": -1.0}
+    assert text(step, "rewards/margins") == "step 1  loss 1  lr 0.1  rewards/margins 3"
+    assert text(step, "all") == "step 1  loss 1  lr 0.1  grad_norm 2  rewards/margins 3  logps/chosen -1"
+    scores = {"event": "evaluation", "test/f1": 0.5, "test/f1/low": 0.25, "test/f1/high": 0.75, "test/rows": 8}
+    assert text(scores, "f1") == "step 1  evaluation: test/f1 0.5 [0.25, 0.75]"
+    assert text(scores) == "step 1  evaluation: test/f1 0.5 [0.25, 0.75]  test/rows 8", "it has none of them"
+    assert text({"event": "check", "kl": 0}) == "step 1  check: kl 0"
+
+
 def test_live_display_only_when_a_person_watches(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("TERM", "xterm")

@@ -76,6 +76,7 @@ class Kto(Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "unpaired"
+    headline: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("reference",)
     dropout: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class Caption(FeatureInputs, Objective):
     """
 
     rows: ClassVar[str] = "multimodal"
+    headline: ClassVar[tuple[str, ...]] = ("exact_match", "gain/removed")
     head: ClassVar[str] = LANGUAGE
     special_tokens: ClassVar[tuple[str, ...]] = ("eos",)
 

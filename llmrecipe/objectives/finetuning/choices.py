@@ -169,6 +169,7 @@ class Choices(Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "choices"
+    headline: ClassVar[tuple[str, ...]] = ("rank_accuracy",)
     head: ClassVar[str] = "causal"
     encoder_decoders: ClassVar[bool] = True
 

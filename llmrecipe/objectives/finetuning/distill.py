@@ -27,6 +27,7 @@ class Distill(Distilled, Objective):
     """
 
     rows: ClassVar[str] = "dialogue"
+    headline: ClassVar[tuple[str, ...]] = ("agreement", "divergence")
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("teacher",)
 

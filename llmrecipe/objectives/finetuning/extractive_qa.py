@@ -56,6 +56,7 @@ class ExtractiveQa(Objective):
     """
 
     rows: ClassVar[str] = "passages"
+    headline: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
     head: ClassVar[str] = "question_answering"
     resampled: ClassVar[bool] = True
 

@@ -81,6 +81,7 @@ class HyperMtf(Objective):
     """
 
     rows: ClassVar[str] = "choices"
+    headline: ClassVar[tuple[str, ...]] = ("rank_accuracy", "task_gain")
     head: ClassVar[str] = "causal"
     encoder_decoders: ClassVar[bool] = True
     gives_examples: ClassVar[bool] = True

@@ -31,6 +31,7 @@ class Regression(PooledScores, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "scored"
+    headline: ClassVar[tuple[str, ...]] = ("spearman", "pearson")
     resampled: ClassVar[bool] = True
 
     def label_names(self) -> list[str]:

@@ -36,6 +36,7 @@ class TokenClassification(Objective):
     """
 
     rows: ClassVar[str] = "tagged"
+    headline: ClassVar[tuple[str, ...]] = ("f1",)
     head: ClassVar[str] = "token_classification"
 
     subwords: Literal["first", "all"] = "first"

@@ -41,6 +41,7 @@ class Vqa(FeatureInputs, Objective):
     """
 
     rows: ClassVar[str] = "pictured_questions"
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "gain/removed")
     head: ClassVar[str] = STATES
     answers_labels: ClassVar[bool] = True
 

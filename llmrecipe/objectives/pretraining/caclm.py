@@ -64,6 +64,7 @@ class Caclm(Objective):
     """
 
     rows: ClassVar[str] = "text"
+    headline: ClassVar[tuple[str, ...]] = ("context_gain",)
     head: ClassVar[str] = "causal"
     encoder_decoders: ClassVar[bool] = True
     special_tokens: ClassVar[tuple[str, ...]] = ("eos",)

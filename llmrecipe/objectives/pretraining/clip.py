@@ -56,6 +56,7 @@ class Clip(FeatureInputs, Objective):
         "the number of passes over a batch differs between processes, while parameters are gathered by all at once"
     )
     rows: ClassVar[str] = "pictured_words"
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "recall@1")
     head: ClassVar[str] = "states"
 
     temperature: PositiveFloat = 0.07

@@ -40,6 +40,7 @@ class Clm(Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "text"
+    headline: ClassVar[tuple[str, ...]] = ("bits_per_byte", "accuracy")
     head: ClassVar[str] = "causal"
     special_tokens: ClassVar[tuple[str, ...]] = ("eos",)
 

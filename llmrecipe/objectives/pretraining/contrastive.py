@@ -72,6 +72,7 @@ class Contrastive(Objective):
         "the number of passes over a batch differs between processes, while parameters are gathered by all at once"
     )
     rows: ClassVar[str] = "pairs"
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "recall@1", "spearman")
     head: ClassVar[str] = "states"
 
     loss_type: Literal["triplet", "infonce"] = "triplet"

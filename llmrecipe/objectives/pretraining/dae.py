@@ -78,6 +78,7 @@ class Dae(Denoising, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "structured_text"
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "exact")
     head: ClassVar[str] = LANGUAGE
 
     layout: Literal["seq2seq", "prefix"] | None = None

@@ -48,6 +48,7 @@ class Mmlm(FeatureInputs, MaskedTokens, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "pictured_words"
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "gain/removed")
     head: ClassVar[str] = "masked"
     special_tokens: ClassVar[tuple[str, ...]] = ("mask",)
 

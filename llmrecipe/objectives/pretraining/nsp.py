@@ -63,6 +63,7 @@ class Nsp(MaskedTokens, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "sentences"
+    headline: ClassVar[tuple[str, ...]] = ("nsp/accuracy", "accuracy")
     head: ClassVar[str] = "masked"
     special_tokens: ClassVar[tuple[str, ...]] = ("sep",)
 
