@@ -61,8 +61,6 @@ class Objective:
     """Roles of special tokens (eos, mask, sep, cls) that a tokenizer trained for it must have."""
     roles: ClassVar[tuple[str, ...]] = ()
     """Auxiliary models besides the policy: reference, reward, value, judge, hypermodel."""
-    differentiable: ClassVar[bool] = True
-    """False needs an update rule that does without gradients (MeZO)."""
     dropout: ClassVar[bool] = True
     """Whether dropout stays on while training; comparisons with a reference switch it off."""
     pairs_rows: ClassVar[bool] = False
@@ -87,6 +85,10 @@ class Objective:
     def loss_mask(self) -> str:
         """Return the name of the loss mask: which tokens of a row the data layer marks as trained."""
         return "completion"
+
+    def has_gradient(self) -> bool:
+        """Return whether the loss has a gradient; without one it needs an update rule that does without (MeZO)."""
+        return True
 
     def label_names(self) -> list[str] | None:
         """Return the names of the outputs of the head, in order; None where they are the labels of the training rows.

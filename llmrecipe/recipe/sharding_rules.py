@@ -64,7 +64,8 @@ def mesh_mistakes(section: RuntimeSection) -> Iterator[Found]:
     if section.backend == "deepspeed":
         yield (
             ("runtime", "backend"),
-            "deepspeed is refused: no run has shown its results right here; runtime.backend=torch has the same stages",
+            "deepspeed is refused: no run has shown its results right here; with runtime.backend=torch its stages 1, 2 and 3 "
+            "are runtime.shard=zero1, zero2 and zero3 (for its other keys: llmrecipe docs clusters)",
         )
     replicas, size = section.dp_replicate, section.dp_shard
     given = ", ".join(f"{key}={value}" for key, value in sizes(section).items())

@@ -211,7 +211,7 @@ def check_objective(objective: Objective, wrappers: list[Any]) -> None:
             f"objective: {delta.kind_name(objective)} trains a hypermodel that reads examples, and the stack has none; add "
             "stack=[hypertuning]"
         )
-    if not objective.differentiable and not any(w.stage is Stage.RULE for w in wrappers):
+    if not objective.has_gradient() and not any(w.stage is Stage.RULE for w in wrappers):
         raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
 
 

@@ -20,6 +20,7 @@ from llmrecipe.engine.generation import prompt_and_reference
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, ranked_texts, unlikelihood
 from llmrecipe.recipe.schema import DataSection
+from llmrecipe.training.build_run import check_objective
 from tests.data.toys import byte_tokenizer
 from tests.models.configs import tiny
 from tests.tiny import roles_for, tiny_model
@@ -313,3 +314,15 @@ def test_rows_none_of_which_has_a_wrong_answer_are_refused(tmp_path: Path) -> No
     data = read(tmp_path, [*rows, {"prompt": "q ", "completion": "a", "options": ["a", "b"]}])
     assert sorted(map(len, data.column("choice_lengths"))) == [1, 1, 2]
     Choices().check(compose("choices"), data)
+
+
+def test_the_error_is_the_share_of_rows_whose_right_answer_is_not_first_and_has_no_gradient() -> None:
+    """The middle row has one choice, which is never above another one."""
+    roles, objective = roles_for(tiny_model().double()), Choices(loss_type="error")
+    margins = by_hand(roles.model)[1]
+    batch = objective.collate(token_rows(), roles)
+    loss = objective.loss(batch, roles)
+    assert float(loss.total) == 2 - sum(margin > 0 for margin in margins) == 2 - float(loss.metrics["rank_accuracy"][0])
+    assert not loss.total.requires_grad and not objective.has_gradient() and Choices().has_gradient()
+    with pytest.raises(RecipeError, match="it has no gradient; add an update rule"):
+        check_objective(objective, [])

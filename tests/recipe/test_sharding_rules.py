@@ -48,6 +48,14 @@ def test_sizes_of_the_mesh(keys: dict[str, object], expected: list[str]) -> None
     assert wrong(**keys) == expected
 
 
+def test_a_library_that_is_refused_says_what_has_its_stages() -> None:
+    with pytest.raises(
+        RecipeError,
+        match=r"stages 1, 2 and 3 are runtime\.shard=zero1, zero2 and zero3 \(for its other keys: llmrecipe docs clusters",
+    ):
+        compose("sft", ["runtime.processes=2", "runtime.shard=zero3", "runtime.backend=deepspeed"])
+
+
 def test_a_wrong_product_names_every_size_and_the_number_of_processes() -> None:
     with pytest.raises(RecipeError) as caught:
         compose("sft", ["runtime=hsdp", "runtime.dp_shard=3", "runtime.processes=4"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.option_types import NonNegativeFloat
+from llmrecipe.core.option_types import Literal, NonNegativeFloat
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.data.row_types.choices import SIZES
@@ -163,6 +163,10 @@ class Choices(Objective):
     acc_bytes and acc_mutual_info of lm-evaluation-harness. Of equal scores the option listed first counts as chosen, and
     before a right answer that is not listed, or of a pair, the other one.
 
+    `loss_type: error` has L = 1 - `rank_accuracy` instead, the share of the rows whose right answer does not rank first. It has
+    no gradient: it needs an update rule that does without, such as `stack=[mezo]`, and batches large enough to tell weights
+    apart, since L moves in steps of one row.
+
     Paper: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning (arXiv 2205.05638). Its code
     adds 1e-2 inside the logarithm of L_UL: `unlikelihood_floor`.
     """
@@ -173,6 +177,8 @@ class Choices(Objective):
     head: ClassVar[str] = "causal"
     encoder_decoders: ClassVar[bool] = True
 
+    loss_type: Literal["likelihood", "error"] = "likelihood"
+    """The three terms, or the share of rows that are answered wrongly."""
     unlikelihood_weight: NonNegativeFloat = 1.0
     """Factor u of the unlikelihood of wrong answers."""
     ranking_weight: NonNegativeFloat = 1.0
@@ -181,6 +187,10 @@ class Choices(Objective):
     """Added inside the logarithm of the unlikelihood, which bounds it."""
     mutual_information: bool = False
     """Whether evaluations also read every answer without its prompt, for `rank_accuracy/mutual_information`."""
+
+    def has_gradient(self) -> bool:
+        """Return whether likelihoods are trained."""
+        return self.loss_type == "likelihood"
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse rows among which none has a wrong answer.
@@ -234,7 +244,9 @@ class Choices(Objective):
             "ranking": (ranked.detach().sum(), float(count)),
         }
         ranked_by = {"rank_accuracy": scores.detach(), **ranked_texts(logprobs.detach(), batch)}
-        return Loss(total.sum(), {**metrics, **self._ranks(ranked_by, batch, count)})
+        ranks = self._ranks(ranked_by, batch, count)
+        missed = ranks["rank_accuracy"][1] - ranks["rank_accuracy"][0]
+        return Loss(total.sum() if self.has_gradient() else missed.to(total.dtype), {**metrics, **ranks})
 
     def _ranks(self, ranked_by: dict[str, Tensor], batch: Batch, count: int) -> dict[str, tuple[Any, float]]:
         """Count how often the right answer is the likeliest one, of the rows that have a wrong one."""

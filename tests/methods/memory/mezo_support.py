@@ -35,8 +35,6 @@ class Plain:
 class Squares(Plain):
     """Summed squared error of micro-batches (x, y)."""
 
-    differentiable = True
-
     def __init__(self) -> None:
         self.modes: list[bool] = []
         self.with_graph = 0
@@ -56,7 +54,8 @@ class Squares(Plain):
 class Accuracy(Plain):
     """Minus the number of right answers: piecewise constant, no gradient anywhere."""
 
-    differentiable = False
+    def has_gradient(self) -> bool:
+        return False
 
     def weight(self, micro: Any) -> float:
         return float(len(micro[0]))
@@ -68,8 +67,6 @@ class Accuracy(Plain):
 
 class Next(Plain):
     """Next-token loss of a Transformers model on a (1, T) tensor of ids."""
-
-    differentiable = True
 
     def weight(self, micro: Tensor) -> float:
         return float(micro.shape[1] - 1)
