@@ -23,8 +23,7 @@ def show_findings(found: Findings) -> None:
     for line in found.hybrids:
         out.print(line, soft_wrap=True)
     added = f", added: {found.added:,}" if found.added else ""
-    share = found.trained / max(found.parameters, 1)
-    out.print(f"parameters: {found.parameters:,}{added}; trained: {found.trained:,} ({share:.2%} of the base)")
+    out.print(f"parameters: {found.parameters:,}{added}; trained: {trained_text(found)}")
     if found.groups:
         table = Table(*found.groups[0], box=None, header_style="bold")
         for row in found.groups:
@@ -47,11 +46,18 @@ def show_findings(found: Findings) -> None:
         out.print(f"note: {note}")
 
 
+def trained_text(found: Findings) -> str:
+    """Return how many numbers train; unknown where a method has yet to choose them and has no budget."""
+    if not found.trained and found.memory.undecided:
+        return f"unknown until {', '.join(found.memory.undecided)} has chosen"
+    return f"{found.trained:,} ({found.trained / max(found.parameters, 1):.2%} of the base)"
+
+
 def memory_text(found: Findings) -> str:
-    """Return the parts of the memory in MB; without a pass that could be followed, what it keeps is unknown."""
-    sizes = dict(found.memory_mb)
-    if not found.memory.unpredicted:
-        return ", ".join(f"{name} {size:g}" for name, size in sizes.items())
-    known = {name: size for name, size in sizes.items() if name not in ("activations", "logits", "total")}
-    parts = ", ".join(f"{name} {size:g}" for name, size in known.items())
-    return f"{parts}, activations unknown, logits unknown, total at least {sum(known.values()):g}"
+    """Return the parts of the memory in MB; parts that nothing can tell before the run are unknown."""
+    unknown = found.memory.unknown()
+    if not unknown:
+        return ", ".join(f"{name} {size:g}" for name, size in found.memory_mb.items())
+    known = {name: size for name, size in found.memory_mb.items() if name not in (*unknown, "total")}
+    parts = [f"{name} {known[name]:g}" if name in known else f"{name} unknown" for name in found.memory_mb if name != "total"]
+    return f"{', '.join(parts)}, total at least {sum(known.values()):g}"

@@ -17,6 +17,7 @@ from llmrecipe.engine.reference_policy import needs_snapshot
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import DIVIDED_REFERENCE, base_parameters, kind_name
 from llmrecipe.models.checkpoint_path import STACK_FILE
+from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import parameter_groups
 from llmrecipe.recipe.compose import compose
@@ -148,6 +149,8 @@ def examine(composition: Composition, made: StackChoices | None = None, follow: 
         activation_bytes=(build_run.autocast_of(settings.model.dtype, stack) or pretrained(model).dtype).itemsize,
         checkpointing=settings.model.gradient_checkpointing,
     )  # fmt: skip
+    undecided = tuple(w.name for w in later if not (own_tensors(model, w.name) or w.opened(model)))
+    memory = replace(memory, undecided=undecided)
     held, unread = auxiliary_bytes(parts.objective.held_models(settings, build_run.base_is_frozen(stack)), device)
     if follow:
         memory = follow_pass(memory, settings, data, labels, device, made)

@@ -72,6 +72,8 @@ class Estimate:
     unpredicted: str = ""
     """Why `activations` and `logits` are rough, by the formulas of this module, and `temporary` unknown; empty where a pass
     was followed operation by operation, so that they are exact."""
+    undecided: tuple[str, ...] = ()
+    """Wrappers that will open what trains from data or weights, so that `gradients` and `optimizer` lack theirs."""
 
     @property
     def total(self) -> int:
@@ -81,9 +83,13 @@ class Estimate:
 
     def predicted(self) -> dict[str, int]:
         """Return the bytes of the parts that are known, and of the peak, the other models aside, where all of them are."""
-        names = ("weights", "gradients", "optimizer") if self.unpredicted else PARTS
-        parts = {name: getattr(self, name) for name in names}
-        return parts if self.unpredicted else {**parts, "peak": sum(parts.values())}
+        parts = {name: getattr(self, name) for name in PARTS if name not in self.unknown()}
+        return parts if self.unknown() else {**parts, "peak": sum(parts.values())}
+
+    def unknown(self) -> set[str]:
+        """Return the names of the parts that are not known, or only in part."""
+        found = {"activations", "logits", "temporary"} if self.unpredicted else set()
+        return found | ({"gradients", "optimizer"} if self.undecided else set())
 
     def rows(self) -> list[tuple[str, int]]:
         """Return (name, bytes) lines for a table, the total last; what a pass frees and other models where there are some."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llmrecipe.cli.findings import show_findings
 from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.models.native import NativeConfig
 from llmrecipe.recipe.compose import compose
@@ -69,3 +70,17 @@ def test_a_target_that_matches_nothing_names_its_key_and_shows_the_anatomy() -> 
 def test_impossible_recipes_are_one_message(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check("sft_lora", words)
+
+
+@pytest.mark.parametrize("name", ["smt", "fishmask", "spt", "esft"])
+def test_gradients_of_what_has_yet_to_be_chosen_are_unknown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = check(name, [])
+    assert found.memory.undecided == (name,) and {"gradients", "optimizer"}.isdisjoint(found.memory.predicted())
+    show_findings(found)
+    out = capsys.readouterr().out
+    assert "gradients unknown, optimizer unknown" in out and "trained: 0" not in out
+
+
+def test_a_start_from_data_leaves_nothing_about_gradients_unknown() -> None:
+    found = check("sft_lora", ["stack.lora.init=lora_ga"])
+    assert found.memory.undecided == () and found.memory.gradients == 4 * found.trained
