@@ -2,7 +2,8 @@
 
 A pattern that somebody else wrote can take years on a short text, and so can a template. `within` stops a pattern by the
 timeout of the library `regex`, in every thread. `bounded` stops any Python code by an interval timer of the system and, on
-Linux, by a limit on its memory: in the main thread only, and not on Windows; elsewhere nothing bounds a template.
+Linux, by a limit on its memory: in the main thread only, and not on Windows; elsewhere nothing bounds a template. `awaited`
+stops waiting for compiled code, which no signal interrupts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -101,6 +103,43 @@ def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
     finally:
         signal.setitimer(timer, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def awaited(function: Callable[[], T], seconds: float) -> T:
+    """Return the value of a function that runs compiled code, or give up on it.
+
+    It is called in a thread of its own, since compiled code cannot be stopped: what was given up on ends with the process.
+    It must release the interpreter's lock while it runs.
+
+    Args:
+        seconds: CPU time of this process, so that a busy machine is no fault of the function; it may use all cores.
+
+    Raises:
+        BoundError: it took longer.
+        BaseException: what the function raised.
+    """
+    over = threading.Event()
+    values: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            values.append(function())
+        except BaseException as error:  # a panic of a library is no `Exception`
+            errors.append(error)
+        finally:
+            over.set()
+
+    began = time.process_time()
+    threading.Thread(target=call, daemon=True).start()
+    left = seconds
+    while not over.wait(max(left, 0.05)):
+        left = seconds - (time.process_time() - began)
+        if left <= 0:
+            raise BoundError(f"it takes longer than {seconds:g} s")
+    if errors:
+        raise errors[0]
+    return values[0]
 
 
 @contextlib.contextmanager

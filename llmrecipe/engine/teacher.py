@@ -20,6 +20,7 @@ from torch import Tensor
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.data.collate import Batch, Sequence, pad, row_key, sequences_in
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.logprob import compared, upcast
 from llmrecipe.engine.packing import packing_for
@@ -202,7 +203,7 @@ def _retold(
             last += 1
         part = list(own.ids[first:last])
         text = student.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found = teacher.encode(text, add_special_tokens=False) if text else []
+        found = list(call_tokenizer(teacher, text, add_special_tokens=False)["input_ids"]) if text else []
         if part[-1] == student.eos_token_id and teacher.eos_token_id is not None:
             found.append(int(teacher.eos_token_id))
         if own.trained[first]:

@@ -29,6 +29,7 @@ from llmrecipe.core.paths import PACKAGE
 from llmrecipe.core.tasks import natural
 from llmrecipe.data.collate import Sequence as Tokens
 from llmrecipe.data.formats.readers import open_file
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.evaluation.evaluate_model import Subject, subject_of
 from llmrecipe.interop.load_run import head_of
@@ -154,7 +155,7 @@ def _whole(subject: Subject, pair: SentencePair) -> Iterator[tuple[int, list[int
     tokenizer = subject.loaded.tokenizer
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     for side, text in enumerate(pair.texts):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = call_tokenizer(tokenizer, text, add_special_tokens=False)["input_ids"]
         before = [] if first is None else [int(first)]
         yield side, before + ids, list(range(1, len(before) + len(ids)))
 
@@ -162,7 +163,7 @@ def _whole(subject: Subject, pair: SentencePair) -> Iterator[tuple[int, list[int
 def _pseudo(subject: Subject, pair: SentencePair) -> Iterator[tuple[int, list[int], list[int]]]:
     """Yield each sentence once for every token that it has in common with the other one, which is what is scored."""
     tokenizer = subject.loaded.tokenizer
-    ids = [tokenizer(text)["input_ids"] for text in pair.texts]
+    ids = [call_tokenizer(tokenizer, text)["input_ids"] for text in pair.texts]
     for side, places in enumerate(common_places(*ids)):
         special = tokenizer.get_special_tokens_mask(ids[side], already_has_special_tokens=True)
         for place in places:

@@ -6,10 +6,10 @@ Private unless the user says otherwise. The token (`HF_TOKEN`, or that of a logi
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -27,6 +27,7 @@ from llmrecipe.interop.export_card import (
     with_base,
 )
 from llmrecipe.interop.export_options import FORMATS, OPTIONS_FILE
+from llmrecipe.interop.machine_paths import VOCABULARIES, machine_path
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.resolve_class import first_line
 from llmrecipe.runs.model_card import hub_id
@@ -36,8 +37,6 @@ LEFT_OUT = (OPTIONS_FILE, "checksums.json", "identity.json")
 OWN_PATHS = ("_name_or_path", "name_or_path")
 """Keys in which libraries note the folder something was read from."""
 CLIENTS = ("httpx", "httpx2", "requests", "urllib3")
-ABSOLUTE = re.compile(r"(?:/(?:home|root|Users|work|tmp|mnt|data|opt|var)/[\w./-]+|[A-Za-z]:\\\\[\w.\\-]+)")
-"""Paths as they look on a machine; a card or a configuration that goes out has none."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,13 @@ def prepare_upload(folder: Path, repo: str, private: bool, base: str | None, lic
         name = path.relative_to(folder).as_posix()
         if name in LEFT_OUT or any(part.startswith((".", "__")) for part in path.relative_to(folder).parts):
             continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"push {folder}: {name} is a link to {path.resolve()}, outside the folder; put a copy in its place")
         files[name] = _as_it_goes(path, name, base)
     files[CARD] = card_text(data, body, kind, here=repo).encode("utf-8")
     for name, content in files.items():
-        if isinstance(content, bytes) and (found := ABSOLUTE.search(content.decode("utf-8", "replace"))):
-            raise UserError(f"push {folder}: {name} names a place of this machine ({found[0]}); take it out first")
+        if (found := machine_path(content, name, folder)) is not None:
+            raise UserError(f"push {folder}: {name} names a place of this machine ({found:.200}); take it out first")
     return Upload(repo, private, files, notes)
 
 
@@ -138,15 +139,22 @@ def _kind(folder: Path) -> str:
 
 def _as_it_goes(path: Path, name: str, base: str | None) -> Path | bytes:
     """Return a file; one of JSON with its base by hub id and without the folder a library read it from."""
-    if path.suffix != ".json":
+    if path.suffix != ".json" or path.name in VOCABULARIES:
         return path
     content = read_json(path, kind=object)
     if not isinstance(content, dict):
         return path
-    changed = {key: value for key, value in content.items() if not (key in OWN_PATHS and _is_here(value))}
+    changed = _without_own_paths(content)
     if name == ADAPTER_CONFIG and base is not None:
         changed = with_base(changed, base)
     return path if changed == content else (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _without_own_paths(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """Return a configuration, also one inside another, without the folders that libraries note."""
+    if isinstance(value, dict):
+        return {k: _without_own_paths(v) for k, v in value.items() if not (k in OWN_PATHS and _is_here(v))}
+    return [_without_own_paths(v) for v in value] if isinstance(value, list) else value
 
 
 def _is_here(value: object) -> bool:

@@ -35,6 +35,10 @@ DAMAGED = "events.damaged"
 """File of the lines that a resumed run has set aside."""
 TAIL = 1 << 16
 """Bytes from the end of the file that are searched for the last step."""
+TEXTS = {"sample": ("prompt", "answer"), "save": ("path",), "warning": ("message",)}
+"""Kind -> the texts that every event of it holds."""
+LARGEST = 2**63 - 1
+"""Largest whole number of an event."""
 KINDS = ("step", "evaluation", "sample", "save", "warning", "check", "memory")
 
 logger = logging.getLogger("llmrecipe")
@@ -235,11 +239,33 @@ def parse(line: bytes) -> dict[str, Any] | None:
         ({'event': 'step', 'step': 1}, None, None)
     """
     try:
-        event = json.loads(line.decode("utf-8"))
+        event = json.loads(line.decode("utf-8"), parse_int=_count, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(event, dict) and isinstance(event.get("event"), str) and type(event.get("step")) is int
-    return event if whole else None
+    if not (isinstance(event, dict) and isinstance(event.get("event"), str) and is_step(event.get("step"))):
+        return None
+    return event if all(isinstance(event.get(name), str) for name in TEXTS.get(event["event"], ())) else None
+
+
+def is_step(value: object) -> bool:
+    """Return whether a value read from a file is a number of steps."""
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _count(digits: str) -> int:
+    """Return a whole number of JSON that every reader of events can plot."""
+    value = int(digits)
+    if abs(value) > LARGEST:
+        raise ValueError("a whole number of more than 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    """Return a number of JSON that every reader of events can plot; NaN and infinities are written as null."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number that is not finite")
+    return value
 
 
 def last_step(folder: Path) -> int | None:

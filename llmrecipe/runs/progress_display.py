@@ -133,7 +133,7 @@ class Panel:
         if kind in ("step", "evaluation"):
             self.newest[kind] = displayed(event, self.metrics)
             self.progress.update(self.task, completed=event["step"])
-        if kind == "step" and event.get("loss") is not None:
+        if kind == "step" and isinstance(event.get("loss"), int | float):
             self.losses.append(float(event["loss"]))
         if kind in ("warning", "save", "sample") and not replay:
             self.console.print(f"step {event['step']}  {event_text(event)}", markup=False)

@@ -29,7 +29,7 @@ from llmrecipe.core.file_lock import hold, is_held
 from llmrecipe.core.foreign import parse_json, read_json
 from llmrecipe.core.redact import redact_text
 from llmrecipe.runs.durable import clear_leftovers, delete, unfinished_path, write_text
-from llmrecipe.runs.events import last_step
+from llmrecipe.runs.events import is_step, last_step
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -255,7 +255,9 @@ class RunDir:
             raise RunError(
                 f"{self.path}/status.json: 'status' must be one of {', '.join(STATES)}; got {value.get('status')!r:.60}"
             )
-        if value.get("status") == "running" and "step" in value:
+        if "step" in value and not is_step(value["step"]):
+            value["step"] = 0
+        if value["status"] == "running" and "step" in value:
             value["step"] = max(value["step"], last_step(self.path) or 0)
         if value.get("status") == "running" and self._lock is None and not self.locked():
             value |= {"status": "interrupted", "error": "the process was killed"}

@@ -17,8 +17,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from llmrecipe.cli.app import run_command
+from llmrecipe.core.errors import UserError
 from llmrecipe.interop.export_card import name_base, write_card
 from llmrecipe.interop.export_options import ExportOptions
+from llmrecipe.interop.push_folder import prepare_upload
 from llmrecipe.runs.model_card import CardFacts, base_licence, hub_id, model_card, place_name, read_card
 from tests.support import ROOT
 
@@ -260,3 +262,54 @@ def test_front_matter_that_cannot_be_read_is_none(tmp_path: Path, front: str) ->
     card = tmp_path / "README.md"
     card.write_text(f"---\nlicense: {front}\n---\n\n# a\n")
     assert read_card(card) == ({}, "# a\n") and base_licence(str(tmp_path)) is None
+
+
+NAMING: dict[str, tuple[str, str]] = {
+    "train_args.yaml": ("out: /home/ann/runs/1", "/home/ann/runs/1"),
+    "notes.txt": ("x" * (1 << 20) + " see /scratch/ann/rows.jsonl", "/scratch/ann/rows.jsonl"),
+    "sub/config.json": (json.dumps({"a": [{"b": "/gpfs/ann/m.bin"}]}), "/gpfs/ann/m.bin"),
+    "keys.json": (json.dumps({"/mnt/ann/x": 1}), "/mnt/ann/x"),
+    "model.md": ("file:///home/ann/x, C:/Users/ann/y", "/home/ann/x"),
+    "windows.json": (json.dumps({"a": r"C:\Users\ann\y"}), r"C:\Users\ann\y"),
+    "prompt.jinja": ("{# HERE/tools.py #}", "HERE/tools.py"),
+}
+"""Name -> its content, and the place that it names; HERE is the folder of the test."""
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_a_file_that_names_a_place_of_this_machine_is_refused(name: str, adapter: Path) -> None:
+    content, place = (text.replace("HERE", str(Path.cwd())) for text in NAMING[name])
+    (adapter / name).parent.mkdir(exist_ok=True)
+    (adapter / name).write_text(content)
+    with pytest.raises(UserError) as found:
+        prepare_upload(adapter, "ann/zoo", True, "acme/base", None)
+    assert f"{name} names a place of this machine ({place}" in str(found.value)
+
+
+def test_words_of_a_language_are_no_places(adapter: Path) -> None:
+    """Tokens, templates and web addresses that look like paths stay, and what libraries note is taken out at any depth."""
+    word = "/home/ann/x"
+    tokens = {"added_tokens_decoder": {"5": {"content": word}}, "chat_template": f"{{{{ '{word}' }}}}", "name_or_path": word}
+    texts = {
+        "tokenizer.json": json.dumps({"model": {"vocab": {word: 1}}}),
+        "vocab.json": json.dumps({word: 1}),
+        "merges.txt": f"/home /ann\n{word} y\n",
+        "tokenizer_config.json": json.dumps(tokens),
+        "chat_template.jinja": f"{{# {word} #}}System:\\nx",
+        "notes.md": "https://example.org/data/rows, and/or/home/ann, ../data/rows, 3:\\n4",
+        "config.json": json.dumps({"text_config": {"_name_or_path": word, "vocab_size": 5}}),
+    }
+    for name, text in texts.items():
+        (adapter / name).write_text(text)
+    files = prepare_upload(adapter, "ann/zoo", True, "acme/base", None).files
+    assert texts.keys() <= files.keys()
+    config, kept = files["config.json"], files["tokenizer_config.json"]
+    assert isinstance(config, bytes) and json.loads(config) == {"text_config": {"vocab_size": 5}}
+    assert isinstance(kept, bytes) and json.loads(kept) == {k: v for k, v in tokens.items() if k != "name_or_path"}
+
+
+def test_a_link_out_of_the_folder_is_not_followed(adapter: Path) -> None:
+    (adapter.parent / "secret.txt").write_text("s")
+    (adapter / "notes.txt").symlink_to(adapter.parent / "secret.txt")
+    with pytest.raises(UserError, match=r"notes.txt is a link to .*secret.txt, outside the folder"):
+        prepare_upload(adapter, "ann/zoo", True, "acme/base", None)

@@ -15,7 +15,7 @@ import yaml
 from llmrecipe.core import http_client, time_limit
 from llmrecipe.core.errors import DataError, RecipeError, RunError
 from llmrecipe.core.http_client import Client
-from llmrecipe.core.time_limit import BoundError, bounded, compiled, matches, within
+from llmrecipe.core.time_limit import BoundError, awaited, bounded, compiled, matches, within
 from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.readers import open_file
 from llmrecipe.data.formats.sources import open_split
@@ -301,3 +301,59 @@ def test_a_reply_is_bounded_in_time(start: bytes) -> None:
         over.set()
         thread.join()
         listener.close()
+
+
+def tokenizer_with(pattern: str, part: str) -> Any:
+    """The embedded tokenizer with one more pattern, in front of its own parts."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    from llmrecipe.core.paths import ASSETS
+
+    found: Any = AutoTokenizer.from_pretrained(ASSETS / "tiny")
+    backend = found.backend_tokenizer
+    if part == "pre_tokenizer":
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, backend.pre_tokenizer])
+    else:
+        backend.normalizer = normalizers.Replace(Regex(pattern), "x")
+    return found
+
+
+SLOW, GIVEN_UP = "a.*a.*a.*[!?]", "(a+)+[!?]"
+"""A pattern of cubic time, and one of exponential time, on which its library gives up after a while."""
+
+
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+@pytest.mark.parametrize(("pattern", "said"), [(SLOW, "it takes longer than 0.02 s"), (GIVEN_UP, "retry-limit-in-match over")])
+def test_a_pattern_of_a_tokenizer_is_bounded(pattern: str, said: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmrecipe.data.tokenize import call_tokenizer as module
+    from llmrecipe.data.tokenize.chat_templates import prompt_ids
+    from llmrecipe.data.tokenize.special_tokens import Tokens
+
+    tokenizer = tokenizer_with(pattern, part)
+    tokens = Tokens(tokenizer)
+    text = "a" * 180 if pattern == SLOW else "a" * 60
+    expected = rf"tokenizer: it cannot encode . texts of [\d,]+ characters, the longest .*{said}; the patterns of its pre_tok"
+    monkeypatch.setattr(module, "PER_CHARACTER", 0.0)
+    monkeypatch.setattr(module, "SECONDS", 0.02 if pattern == SLOW else 5.0)
+    with pytest.raises(DataError, match=expected) as found:
+        tokens.raw([text, "b"])
+    assert len(str(found.value)) < 500
+    with pytest.raises(DataError, match=expected):
+        prompt_ids(tokenizer, [{"role": "user", "content": text}])
+
+
+def test_what_is_awaited_returns_and_raises_as_called() -> None:
+    assert awaited(lambda: "x" * 3, 1.0) == "xxx"
+
+    class PanicException(BaseException):
+        pass
+
+    def panic() -> None:
+        raise PanicException
+
+    with pytest.raises(PanicException):
+        awaited(panic, 1.0)
+    # A wait that takes no time of the processor is no fault of the function.
+    assert awaited(lambda: time.sleep(0.3) or 1, 0.1) == 1

@@ -77,6 +77,39 @@ def test_a_damaged_line_in_the_middle_is_named_and_left_out(tmp_path, caplog):
         read_events(tmp_path / "nowhere")
 
 
+ODD = (
+    '{"event": "step", "step": -1}',
+    '{"event": "step", "step": 1' + "0" * 400 + ', "loss": 1}',
+    '{"event": "step", "step": 2, "loss": 1' + "0" * 400 + "}",
+    '{"event": "evaluation", "step": 2, "eval/loss": NaN}',
+    '{"event": "evaluation", "step": 2, "eval/loss": -1e999}',
+    '{"event": "warning", "step": 2}',
+    '{"event": "warning", "step": 2, "message": {"a": 1}}',
+    '{"event": "sample", "step": 2, "prompt": "a"}',
+    '{"event": "save", "step": 2, "path": null}',
+)
+"""Lines that no run writes: a reader would stop on them."""
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_a_line_with_odd_values_is_set_aside(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = '{"event": "step", "step": 1, "loss": 2.5}'
+    (tmp_path / "events.jsonl").write_text(f"{whole}\n{line}\n")
+    assert read_events(tmp_path) == [json.loads(whole)] and "events.jsonl:2: this line is not an event" in caplog.text
+    events = Events(tmp_path, live="on")
+    events.resume(step=1, lines=2)
+    events.close()
+    assert (tmp_path / "events.damaged").read_text() == f"{line}\n"
+    assert [e["event"] for e in read_events(tmp_path)] == ["step", "warning"]
+
+
+def test_a_metric_that_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1, "loss": "x"}\n')
+    events = Events(tmp_path, live="on")
+    events.resume(step=1, lines=1)
+    events.close()
+
+
 def test_processes_that_do_not_report_write_nothing(tmp_path):
     events = Events(None, trackers=["tensorboard"])
     events.step(step=1, loss=1.0)

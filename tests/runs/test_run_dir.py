@@ -163,6 +163,15 @@ def test_a_killed_run_reads_as_interrupted_and_can_be_opened(tmp_path):
     RunDir.open(tmp_path / "out").unlock()
 
 
+@pytest.mark.parametrize("step", ["x", None, [1], True, -1, 1e308, 10**400])
+def test_a_status_without_a_number_of_steps_is_read(tmp_path, step):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "status.json").write_text(json.dumps({"status": "running", "step": step}))
+    (run / "events.jsonl").write_text('{"event": "step", "step": 3}\n')
+    assert RunDir(run).read_status() == {"status": "interrupted", "error": "the process was killed", "step": 3}
+
+
 def test_only_the_main_process_writes(tmp_path):
     told = []
     runtime = SimpleNamespace(is_main=True, broadcast_json=lambda value: told.append(value) or value)

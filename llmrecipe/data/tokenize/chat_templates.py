@@ -24,6 +24,7 @@ from llmrecipe.core.registry import CONFIG
 from llmrecipe.core.time_limit import BoundError, bounded
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.messages import THOUGHTS
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -344,7 +345,7 @@ def prompt_ids(
         DataError: the template refuses the conversation.
     """
     if not tokenizer.chat_template:
-        return list(tokenizer("\n".join(t["content"] for t in turns))["input_ids"])
+        return list(call_tokenizer(tokenizer, "\n".join(t["content"] for t in turns))["input_ids"])
     given: Any = tokenizer.chat_template
     served: Any = given.get("default") if isinstance(given, dict) else given
     template = Template("served", served, named=True, variables=dict(tokenizer.special_tokens_map))
@@ -352,4 +353,4 @@ def prompt_ids(
         text = template.render([dict(turn) for turn in turns], True, tools, kwargs)
     except BadRow as bad:
         raise DataError(f"{bad.reason}: {bad.detail}") from bad
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(call_tokenizer(tokenizer, text, add_special_tokens=False)["input_ids"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ LIST_COLUMNS = ("ids_a", "ids_b", "ids_c")
 
 
 def _encode(encoder: Encoder, first: Sequence[str], second: Sequence[str] | None, cut: bool) -> BatchEncoding:
-    found: BatchEncoding = encoder.tokens.tokenizer(
-        list(first),
-        None if second is None else list(second),
+    return call_tokenizer(
+        encoder.tokens.tokenizer,
+        first,
+        second,
         return_attention_mask=False,
         truncation="longest_first" if cut else False,
         max_length=encoder.limit.length if cut else None,
         verbose=False,
     )
-    return found
 
 
 def encode_labelled(encoder: Encoder, items: Sequence[Item], report: Report) -> None:

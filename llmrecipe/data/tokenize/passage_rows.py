@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.truncation import Limit
 
@@ -78,7 +79,8 @@ def encode_passages(encoder: Encoder, items: Sequence[Item], report: Report) -> 
     tokens, limit = encoder.tokens, encoder.limit
     if not tokens.fast:
         raise DataError("tokenizer: spans are found by a fast tokenizer (tokenizer.json), and this one is a slow one")
-    found = tokens.tokenizer(
+    found = call_tokenizer(
+        tokens.tokenizer,
         [item.row["question"].strip() for item in items],
         [item.row["context"] for item in items],
         return_offsets_mapping=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.chat_templates import PROBE, Template, special_ids, template_of, turn_end_tokens
 
 if TYPE_CHECKING:
@@ -35,15 +36,15 @@ class Tokens:
         self._tails: dict[str, Ids] = {}
 
     def _encode(self, texts: Sequence[str], special: bool, offsets: bool = False) -> BatchEncoding:
-        found: BatchEncoding = self.tokenizer(
-            list(texts),
+        return call_tokenizer(
+            self.tokenizer,
+            texts,
             add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
             return_offsets_mapping=offsets,
             verbose=False,
         )
-        return found
 
     def raw(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of raw texts, with the special tokens the tokenizer adds."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.word_rows import SPECIAL
 
@@ -50,7 +51,7 @@ def encode_tagged(encoder: Encoder, items: Sequence[Item], report: Report) -> No
         raise DataError("tokenizer: words are found by a fast tokenizer (tokenizer.json), and this one is a slow one")
     encoder.truncation.check_texts(items[0].where)
     texts = [" ".join(item.row["words"]) for item in items]
-    found = tokens.tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    found = call_tokenizer(tokens.tokenizer, texts, return_offsets_mapping=True, verbose=False)
     for n, item in enumerate(items):
         words, tags = item.row["words"], item.row["tags"]
         ids, owners = list(found["input_ids"][n]), words_of_tokens(words, found["offset_mapping"][n])
@@ -60,8 +61,8 @@ def encode_tagged(encoder: Encoder, items: Sequence[Item], report: Report) -> No
             item.bad = bad
             continue
         if shortened:
-            cut = tokens.tokenizer(
-                texts[n], return_offsets_mapping=True, truncation=True, max_length=limit.length, verbose=False
+            cut = call_tokenizer(
+                tokens.tokenizer, texts[n], return_offsets_mapping=True, truncation=True, max_length=limit.length, verbose=False
             )
             ids, owners = list(cut["input_ids"]), words_of_tokens(words, cut["offset_mapping"])
         kept = sorted({word for word in owners if word != SPECIAL})

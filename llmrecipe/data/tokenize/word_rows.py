@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.special_tokens import Tokens
 from llmrecipe.data.tokenize.truncation import fit_sequence
@@ -69,7 +70,7 @@ def encode_words(encoder: Encoder, items: Sequence[Item], report: Report, senten
     if room.length < 1:
         raise DataError(f"data.max_length: {encoder.limit.length} leaves no room for a token next to the special tokens")
     texts = [item.row["text"] for item in items]
-    found = tokens.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = call_tokenizer(tokens.tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for n, item in enumerate(items):
         ids = list(found["input_ids"][n])
         words = [SPECIAL if word is None or token in tokens.special else word for token, word in zip(ids, found.word_ids(n))]
@@ -144,7 +145,7 @@ def encode_sentences(encoder: Encoder, items: Sequence[Item], report: Report) ->
     tokens = encoder.tokens
     _need_words(tokens)
     texts = [item.row["text"] for item in items]
-    found = tokens.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = call_tokenizer(tokens.tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for n, item in enumerate(items):
         ids = list(found["input_ids"][n])
         if not ids:
