@@ -238,8 +238,8 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     with reading(f"the checkpoint {path} cannot be used"):
         tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors") and "/" not in f}
         documents = {Path(f).stem: parse_json((path / f).read_bytes()) for f in files if f.endswith(".json")}
-    if DIVIDED in documents:
-        tensors["delta"] |= _joined(path / f"delta{PARTS}", documents[DIVIDED])
+        if DIVIDED in documents:
+            tensors["delta"] |= _joined(path / f"delta{PARTS}", documents[DIVIDED])
     return SavedCheckpoint(path, int(match[2]), tensors, documents)
 
 
@@ -285,4 +285,8 @@ def best_after_end(root: Path) -> int | None:
 def saved_structures(folder: Path) -> dict[str, Any] | None:
     """Return the structures of the newest intact checkpoint, which the stack needs before its tensors can be restored."""
     path = latest_checkpoint(folder / "checkpoints")
-    return read_checkpoint(path).documents["structures"] if path is not None else None
+    if path is None:
+        return None
+    with reading(f"the checkpoint {path} cannot be used"):
+        found: dict[str, Any] = read_checkpoint(path).documents["structures"]
+    return found

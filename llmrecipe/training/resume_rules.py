@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import reading
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.rights import KEYS
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 from llmrecipe.runs.checkpoint_io import latest_checkpoint, read_document
+from llmrecipe.runs.events import is_step
 from llmrecipe.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -70,7 +72,10 @@ def check_resume(directory: RunDir, composition: Composition, steps: int) -> Cha
     """
     changes = allowed_changes(directory, composition)
     newest = latest_checkpoint(directory.path / "checkpoints")
-    progress = read_document(newest, "progress") if newest is not None else {}
+    with reading(f"the checkpoint {newest} cannot be used", "take it out, and the run goes on from the one before it"):
+        progress = read_document(newest, "progress") if newest is not None else {}
+        if not is_step(progress.get("step", 0)):
+            raise ValueError(f"its progress has step={progress['step']!r:.60}")
     status = directory.read_status()
     if status["status"] == "done":
         _check_end(directory, int(status.get("step") or 0), steps, progress, changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,7 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._base.update_rule import StepContext
 from llmrecipe.models.sharded import is_sharded, local
 from llmrecipe.recipe.sharding_rules import PLAIN
+from llmrecipe.runs.events import is_step
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
 from llmrecipe.training.measured_memory import MemoryMeter
@@ -63,6 +64,19 @@ class Progress:
     """Numbers of those among the last `finite_check.WINDOW` steps."""
     ended: bool = False
     """Whether the run has decided to end at this step (early stopping)."""
+
+    def load(self, document: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint holds; what this version does not know is left out.
+
+        Raises:
+            ValueError: a value is none of its kind.
+        """
+        for name, value in document.items():
+            if name not in vars(self):
+                continue
+            if type(value) is not type(vars(self)[name]) or (type(value) is int and not is_step(value)):
+                raise ValueError(f"its progress has {name}={value!r:.60}")
+            setattr(self, name, value)
 
     def advance(self, micros: list[Batch]) -> None:
         """Count one more optimizer step."""

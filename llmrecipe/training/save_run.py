@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmrecipe.core.console import lasting, say
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import reading
 from llmrecipe.data.collate import Batch
 from llmrecipe.data.formats.sources import paths_of
 from llmrecipe.data.overlap import shared_rows
@@ -27,6 +28,7 @@ from llmrecipe.runs import delta, model_card
 from llmrecipe.runs.checkpoint_io import (
     DIVIDED,
     PARTS,
+    SavedCheckpoint,
     checkpoint_of,
     folder_name,
     keep_only,
@@ -155,7 +157,12 @@ def restore(run: RunState) -> None:
         say(f"{run.dir.path} was stopped before its first checkpoint: it starts again at step 1")
         run.events.resume(0, lines=0)
         return
-    saved = read_checkpoint(path)
+    with reading(f"the checkpoint {path} cannot be used", "take it out, and the run goes on from the one before it"):
+        _restore_from(run, read_checkpoint(path))
+
+
+def _restore_from(run: RunState, saved: SavedCheckpoint) -> None:
+    path = saved.path
     known_before = run_identity.check_identity(run, saved)
     if saved.documents.get("reference", run.roles.cache.name) != run.roles.cache.name:
         raise RunError(
@@ -167,8 +174,7 @@ def restore(run: RunState) -> None:
     with run.whole(write=True):
         run.stack.restore(run.model, saved.tensors["delta"])
     run.stack.load_training_tensors(run.model, saved.tensors.get("wrappers", {}))
-    for name, value in saved.documents["progress"].items():
-        setattr(run.progress, name, value)
+    run.progress.load(saved.documents["progress"])
     run.progress.ended = run.progress.ended and not goes_on(run.changes)
     known = run.best.load_state(saved.documents["judge"])
     run.objective.load_state(saved.documents["objective"])
@@ -251,7 +257,7 @@ def load_best(run: RunState) -> bool:
     run.runtime.barrier()
     saved = read_checkpoint(best_weights(run))
     run_identity.check_owner(run, saved)
-    with run.whole(write=True):
+    with reading(f"the best weights {saved.path} cannot be used"), run.whole(write=True):
         run.stack.restore(run.model, saved.tensors["delta"])
     return True
 

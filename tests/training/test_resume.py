@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.recipe.compose import compose
+from llmrecipe.runs.checksums import write_checksums
 from llmrecipe.training.train import train
 from tests.trainings import QUIET, curve, events, learned, resume, stop_after, train_recipe
 
@@ -89,3 +92,57 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
     assert curve(tmp_path / "a") != curve(tmp_path / "c")
     assert QUIET
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after two steps."""
+    place = tmp_path_factory.mktemp("stopped") / "run"
+    stop_after(2, place, "sft_lora", *SHORT, "eval.at_start=false")
+    return place
+
+
+ODD: dict[str, tuple[str, object]] = {
+    "a step in words": ("progress", {"step": "two"}),
+    "a negative position": ("progress", {"step": 2, "drawn": -5}),
+    "no judge": ("judge", {"best": "x"}),
+    "a list of methods": ("wrappers", [1]),
+    "an optimizer without its class": ("optimizer_facts", {"a": 1}),
+    "no state of generators": ("random", []),
+    "parts of no dtype": ("delta_parts", {"x": ["load", [2]]}),
+    "structures in words": ("structures", "x"),
+}
+"""What is odd -> the document of a checkpoint, and its content."""
+
+
+def rewritten(run: Path, place: Path) -> Path:
+    """Copy a run, so that a test may change its only checkpoint."""
+    shutil.copytree(run, place)
+    return next((place / "checkpoints").iterdir())
+
+
+def sealed(checkpoint: Path) -> None:
+    """Give a changed checkpoint the checksums of what it now holds."""
+    write_checksums(checkpoint)
+    listed = json.loads((checkpoint / "checksums.json").read_text())
+    (checkpoint / "checksums.json").write_text(json.dumps({"step": int(checkpoint.name.removeprefix("step-")), **listed}))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_checkpoint_of_odd_content_is_one_message(name: str, stopped: Path, tmp_path: Path) -> None:
+    """Its checksums are right: somebody made it so."""
+    checkpoint = rewritten(stopped, tmp_path / "run")
+    document, content = ODD[name]
+    (checkpoint / f"{document}.json").write_text(json.dumps(content))
+    sealed(checkpoint)
+    with pytest.raises(RunError, match=r"the checkpoint .*step-000002 cannot be used: "):
+        resume(tmp_path / "run")
+
+
+def test_a_checkpoint_of_odd_shapes_is_one_message(stopped: Path, tmp_path: Path) -> None:
+    checkpoint = rewritten(stopped, tmp_path / "run")
+    tensors = load_file(str(checkpoint / "delta.safetensors"))
+    save_file({**tensors, next(iter(tensors)): torch.zeros(3)}, str(checkpoint / "delta.safetensors"))
+    sealed(checkpoint)
+    with pytest.raises(RunError, match=r"the checkpoint .*step-000002 cannot be used: "):
+        resume(tmp_path / "run")
