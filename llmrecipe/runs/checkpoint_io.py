@@ -289,4 +289,6 @@ def saved_structures(folder: Path) -> dict[str, Any] | None:
         return None
     with reading(f"the checkpoint {path} cannot be used"):
         found: dict[str, Any] = read_checkpoint(path).documents["structures"]
+        if not isinstance(found, dict):
+            raise ValueError("its structures are not those of wrappers")
     return found
