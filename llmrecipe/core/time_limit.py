@@ -13,8 +13,10 @@ import functools
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrecipe.core.errors import RecipeError, RunError
@@ -105,11 +107,38 @@ def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
+class _Worker:
+    """A thread that makes one call after another: to start one takes longer than most calls."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while True:
+            self.calls.get()()
+
+
+_IDLE: deque[_Worker] = deque()
+
+
+def _idle_worker() -> _Worker:
+    """Return a worker that waits for a call, a new one where there is none: a process that was forked has none of its parent's."""
+    while True:
+        try:
+            worker = _IDLE.pop()
+        except IndexError:
+            return _Worker()
+        if worker.thread.is_alive():
+            return worker
+
+
 def awaited(function: Callable[[], T], seconds: float) -> T:
     """Return the value of a function that runs compiled code, or give up on it.
 
-    It is called in a thread of its own, since compiled code cannot be stopped: what was given up on ends with the process.
-    It must release the interpreter's lock while it runs.
+    It is called in another thread, since compiled code cannot be stopped: what was given up on ends with the process. It must
+    release the interpreter's lock while it runs.
 
     Args:
         seconds: CPU time of this process, so that a busy machine is no fault of the function; it may use all cores.
@@ -131,12 +160,14 @@ def awaited(function: Callable[[], T], seconds: float) -> T:
             over.set()
 
     began = time.process_time()
-    threading.Thread(target=call, daemon=True).start()
+    worker = _idle_worker()
+    worker.calls.put(call)
     left = seconds
     while not over.wait(max(left, 0.05)):
         left = seconds - (time.process_time() - began)
         if left <= 0:
             raise BoundError(f"it takes longer than {seconds:g} s")
+    _IDLE.append(worker)
     if errors:
         raise errors[0]
     return values[0]
