@@ -62,6 +62,8 @@ def reading(what: str, remedy: str = "", error: type[UserError] = RunError) -> I
     except BaseException as foreign:  # libraries raise dozens of unrelated classes for a damaged file
         if not isinstance(foreign, Exception) and not is_panic(foreign):
             raise
+        if type(foreign).__name__ == "OutOfMemoryError":  # torch: the accelerator is full, which is no fault of the file
+            raise
         raise error(f"{what}: {reason_of(foreign)}{f'; {remedy}' if remedy else ''}") from foreign
 
 

@@ -124,7 +124,7 @@ _IDLE: deque[_Worker] = deque()
 
 
 def _idle_worker() -> _Worker:
-    """Return a worker that waits for a call, a new one where there is none: a process that was forked has none of its parent's."""
+    """Return a worker that waits for a call, or a new one; a process that was forked has no threads of its parent's workers."""
     while True:
         try:
             worker = _IDLE.pop()

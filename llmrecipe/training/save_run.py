@@ -41,6 +41,7 @@ from llmrecipe.runs.checkpoint_io import (
 )
 from llmrecipe.runs.checksums import write_checksums
 from llmrecipe.runs.durable import ASIDE, put_in_place, share_as_folder, sync_tree
+from llmrecipe.runs.events import is_step
 from llmrecipe.runs.looks import note_look
 from llmrecipe.runs.run_dir import BEST, IDENTITY
 from llmrecipe.training import build_run, finite_check, forgetting, run_identity
@@ -158,11 +159,23 @@ def restore(run: RunState) -> None:
         run.events.resume(0, lines=0)
         return
     with reading(f"the checkpoint {path} cannot be used", "take it out, and the run goes on from the one before it"):
-        _restore_from(run, read_checkpoint(path))
+        saved = read_checkpoint(path)
+        known_before, known = _restore_from(run, saved)
+    before = saved.documents.get("events", {})
+    place = None if before.get("end") else str(path.relative_to(run.dir.path))
+    run.events.resume(run.progress.step, before.get("lines"), saved=place)
+    if not known_before:
+        run.events.warning("this run kept no fingerprints of its data, base, tokenizer and template; it does from here on")
+    if not known:
+        run.events.warning(f"{run.recipe.eval.monitor} judges from here on: what another metric found best is not kept")
 
 
-def _restore_from(run: RunState, saved: SavedCheckpoint) -> None:
-    path = saved.path
+def _restore_from(run: RunState, saved: SavedCheckpoint) -> tuple[bool, bool]:
+    """Take over a checkpoint, and return whether it knows its run's data and base, and whether its metric still judges.
+
+    Raises:
+        ValueError: a document holds what no run writes; libraries raise other errors for other contents.
+    """
     known_before = run_identity.check_identity(run, saved)
     if saved.documents.get("reference", run.roles.cache.name) != run.roles.cache.name:
         raise RunError(
@@ -183,19 +196,16 @@ def _restore_from(run: RunState, saved: SavedCheckpoint) -> None:
     run.stack.set_trainable(run.model)
     if run.optimizer is not None:
         run.optimizer = build_run.optimizer_for(run.model, run.optim, run.stack, divide=run.runtime.optimizer)
-        read = functools.partial(run.runtime.read_parts, path / f"optimizer{PARTS}")
+        read = functools.partial(run.runtime.read_parts, saved.path / f"optimizer{PARTS}")
         restore_optimizer(run.optimizer, saved.tensors["optimizer"], saved.documents["optimizer_facts"], read)
     if returns_to_best(run):
         best_weights(run)
     states = saved.documents["random"]
     restore_random_state(states[min(run.runtime.rank, len(states) - 1)])
-    before = saved.documents.get("events", {})
-    place = None if before.get("end") else str(path.relative_to(run.dir.path))
-    run.events.resume(run.progress.step, before.get("lines"), saved=place)
-    if not known_before:
-        run.events.warning("this run kept no fingerprints of its data, base, tokenizer and template; it does from here on")
-    if not known:
-        run.events.warning(f"{run.recipe.eval.monitor} judges from here on: what another metric found best is not kept")
+    lines = saved.documents.get("events", {}).get("lines", 0)
+    if not is_step(lines):
+        raise ValueError(f"its events have lines={lines!r:.60}")
+    return known_before, known
 
 
 def save_best(run: RunState) -> None:

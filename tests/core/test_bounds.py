@@ -355,5 +355,13 @@ def test_what_is_awaited_returns_and_raises_as_called() -> None:
 
     with pytest.raises(PanicException):
         awaited(panic, 1.0)
+    # One thread serves calls that follow one another; one that was given up on is not waited for.
+    threads = {awaited(threading.get_ident, 1.0) for _ in range(9)}
+    assert len(threads) == 1
+    over = threading.Event()
+    with pytest.raises(BoundError, match=r"longer than 0 s"):
+        awaited(over.wait, 0.0)
+    assert awaited(threading.get_ident, 1.0) not in threads
+    over.set()
     # A wait that takes no time of the processor is no fault of the function.
     assert awaited(lambda: time.sleep(0.3) or 1, 0.1) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llmrecipe.core.errors import RunError
 from llmrecipe.recipe.compose import compose
 from llmrecipe.runs.checksums import write_checksums
+from llmrecipe.runs.events import Events
 from llmrecipe.training.train import train
 from tests.trainings import QUIET, curve, events, learned, resume, stop_after, train_recipe
 
@@ -111,6 +113,7 @@ ODD: dict[str, tuple[str, object]] = {
     "no state of generators": ("random", []),
     "parts of no dtype": ("delta_parts", {"x": ["load", [2]]}),
     "structures in words": ("structures", "x"),
+    "a number of lines in words": ("events", {"lines": "x"}),
 }
 """What is odd -> the document of a checkpoint, and its content."""
 
@@ -145,4 +148,15 @@ def test_a_checkpoint_of_odd_shapes_is_one_message(stopped: Path, tmp_path: Path
     save_file({**tensors, next(iter(tensors)): torch.zeros(3)}, str(checkpoint / "delta.safetensors"))
     sealed(checkpoint)
     with pytest.raises(RunError, match=r"the checkpoint .*step-000002 cannot be used: "):
+        resume(tmp_path / "run")
+
+
+def test_a_full_disk_is_no_fault_of_a_checkpoint(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewritten(stopped, tmp_path / "run")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Events, "resume", full)
+    with pytest.raises(OSError, match="No space left"):
         resume(tmp_path / "run")

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmrecipe.core.errors import UserError, did_you_mean
 from llmrecipe.core.forward_context import Context
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
 from llmrecipe.engine.generation import answered, decode_ids, end_tokens
 from llmrecipe.engine.sampling import Report, Sampling
@@ -118,11 +119,14 @@ class ServedModel:
         """Return the token ids of a prompt, which is text or ids.
 
         Raises:
-            ApiError: an id that the vocabulary does not have.
+            ApiError: an id that the vocabulary does not have, or a text that the tokenizer cannot encode.
         """
         if isinstance(prompt, str):
-            with self._tokenizing:
-                return list(self.tokenizer(prompt)["input_ids"])
+            try:
+                with self._tokenizing:
+                    return list(call_tokenizer(self.tokenizer, prompt)["input_ids"])
+            except UserError as error:
+                raise ApiError(400, f"prompt: {error}", "prompt") from error
         if wrong := [token for token in prompt if not 0 <= token < self.vocabulary]:
             raise ApiError(400, f"prompt: there is no token {wrong[0]}; ids are 0 to {self.vocabulary - 1}", "prompt")
         return prompt
