@@ -58,6 +58,8 @@ class Engine(nn.Module):
         self.model = model
         self.autocast = autocast
         self.compile_trunk = compile
+        self.one_by_one = False
+        """Whether packed documents are attended in turn because one call for all did not give the model's states."""
         self.post = Post.of(model.config)
         self.is_pair_model = bool(getattr(model.config, "is_encoder_decoder", False))
         if not any(p.is_meta for p in model.parameters()):

@@ -23,6 +23,7 @@ from llmrecipe.interop.peft import prompt_tokens
 from llmrecipe.interop.plain_family import as_plain_family
 from llmrecipe.methods._engines.quantized import dequantize_model, quantized
 from llmrecipe.models import task_heads
+from llmrecipe.models.attention_calls import stock_backend
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.label_head import LabelHead
@@ -196,7 +197,7 @@ def write_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
         generation.pad_token_id = loaded.tokenizer.pad_token_id
     # The stock name, so that the folder loads where this package is not installed.
-    model.config._attn_implementation_internal = (attention or "").removeprefix("llmrecipe_") or None
+    model.config._attn_implementation_internal = stock_backend(attention or "") or None
     model.to(dtype)
     model.config.dtype = dtype
     # Scalar heads of roles are no part of the architecture: they are written next to it.

@@ -26,6 +26,7 @@ from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, fold_mounted, kept_dtype, reason, target_folder, widen, writing
 from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models import folder_pooling
+from llmrecipe.models.attention_calls import stock_backend
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.label_head import LabelHead
 from llmrecipe.models.native.config import NativeConfig
@@ -151,7 +152,7 @@ def _write_backbone(model: LanguageModel, folder: Path, dtype: torch.dtype) -> N
     backbone = pretrained(model.base_model)
     # The stock name, so that the folder loads where this package is not installed.
     attention = backbone.config._attn_implementation or ""
-    backbone.config._attn_implementation_internal = attention.removeprefix("llmrecipe_") or None
+    backbone.config._attn_implementation_internal = stock_backend(attention) or None
     backbone.to(dtype)
     backbone.config.dtype = dtype
     with quiet():

@@ -4,8 +4,8 @@ Letters: R rows, Hq query heads, G key/value heads, T columns, E head size, P pr
 
 `install_attention(model, backend)` switches a model to an attention function of ours around a stock backend:
 
-- packed rows: one call per document, so no T x T mask exists. A segment sees itself causally, its parent (a shared prompt)
-  and every prefix fully, and nothing else.
+- packed rows: no T x T mask exists (see `packed_attention`). A segment sees itself causally, its parent (a shared prompt) and
+  every prefix fully, and nothing else.
 - attention hooks: a hook wraps the call and may prepend key/value columns (`Prefix`); they have no position.
 - everything else is the stock backend, bit for bit.
 """
@@ -26,25 +26,19 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmrecipe.core.forward_context import Layout, current
+from llmrecipe.models.attention_calls import (
+    OURS,
+    Prefix,
+    attend_one,
+    is_causal_in,
+    repeat_heads,
+    stock_backend,
+    with_prefix,
+    within,
+)
 from llmrecipe.models.hooks.hook import ROUTED, Hook, hooks_of, note_called
+from llmrecipe.models.packed_attention import attend_packed
 from llmrecipe.models.pretrained import pretrained
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Key/value columns every query of a row sees."""
-
-    k: Tensor
-    """(1 | R | S, G, P, E): one for all, one a row, or one a segment of a packed row."""
-    v: Tensor
-    """(1 | R | S, G, P, Ev)"""
-    bias: Tensor | None = None
-    """(P,) added to the logits of these columns."""
-    gate: Tensor | None = None
-    """A number; with it the columns have a softmax of their own and join as out + gate * softmax(q k^T) v, so a gate of zero
-    leaves attention as it was."""
-    scale: Tensor | None = None
-    """(R | 1, Hq | 1, T, 1) multiplies the keys and values of these columns as each query sees them."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +59,17 @@ Attend = Callable[..., Tensor]
 """attend(q, k, v, *prefixes, picked=None) -> (R, Hq, T, Ev)"""
 
 
-def install_attention(model: nn.Module, backend: str) -> str:
-    """Route a model's attention through this module; return the name it has in Transformers."""
+def install_attention(model: nn.Module, backend: str, route: str = "auto") -> str:
+    """Route a model's attention through this module; return the name it has in Transformers.
+
+    Args:
+        route: how packed rows are computed (see `packed_attention`).
+    """
     if backend == "sdpa" and not getattr(model, "_supports_sdpa", True):
         backend = "eager"
-    name = f"llmrecipe_{backend}"
+    name = f"{OURS}{backend}" + ("" if route == "auto" else f"__{route}")
     if name not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(name, _attention(backend))
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention(backend, route))
         stock_mask = ALL_MASK_ATTENTION_FUNCTIONS[backend]
 
         def mask(*args: object, **kwargs: object) -> Tensor | None:
@@ -82,6 +80,19 @@ def install_attention(model: nn.Module, backend: str) -> str:
     _find_no_documents()
     ROUTED.add(name)
     pretrained(model).set_attn_implementation(name)
+    return name
+
+
+def one_by_one(model: nn.Module) -> str | None:
+    """Compute a model's packed rows document by document from here on; return the name its attention had.
+
+    Nothing changes, and None is returned, where its route was named or packed rows are not routed at all.
+    """
+    inner = pretrained(model)
+    name = str(inner.config._attn_implementation)
+    if not name.startswith(OURS) or "__" in name:
+        return None
+    install_attention(model, stock_backend(name), "loop")
     return name
 
 
@@ -117,7 +128,7 @@ def _find_no_documents() -> None:
     masking_utils.find_packed_sequence_indices = find
 
 
-def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _attention(backend: str, route: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +146,7 @@ def _attention(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             if picked is not None:
                 return _picked_padded(backend, module, picked, q, k, v, attention_mask, joined, kwargs)
             if layout is not None:
-                return _packed(module, layout, q, k, v, joined, kwargs)
+                return attend_packed(route, module, layout, q, k, v, joined, kwargs)
             return _padded(backend, module, q, k, v, attention_mask, joined, kwargs)
 
         def base(q: Tensor, k: Tensor, v: Tensor, *prefixes: Prefix, picked: PickedTokens | None = None) -> Tensor:
@@ -170,58 +181,6 @@ def _stock(backend: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tenso
     if backend == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[backend]
-
-
-def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    given = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
-
-
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _packed(
-    module: nn.Module, layout: Layout, q: Tensor, k: Tensor, v: Tensor, prefixes: tuple[Prefix, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    """Call attention once per segment, (R, Hq, T, E) -> (R, Hq, T, Ev).
-
-    `split` and `cat` keep the backward pass linear in the number of tokens.
-    """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # On a CPU, the backward pass of bfloat16 attention takes twice the time of the float32 one and rounds more.
-        return _packed(module, layout, q.float(), k.float(), v.float(), prefixes, kwargs).to(torch.bfloat16)
-    heads = q.shape[1]
-    k, v = _repeat(k, heads), _repeat(v, heads)
-    lengths = [s.length for s in layout.segments]
-    qs, ks, vs = q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)
-    causal = _is_causal(module, kwargs)
-    window = kwargs.get("sliding_window")
-    outs: list[Tensor] = []
-    for index, segment in enumerate(layout.segments):
-        key, value, bias, free = ks[index], vs[index], None, 0
-        if segment.parent is not None:
-            free = lengths[segment.parent]
-            key, value = torch.cat((ks[segment.parent], key), 2), torch.cat((vs[segment.parent], value), 2)
-        for prefix in reversed(prefixes):
-            key, value, bias = _with_prefix(prefix, index, heads, key, value, bias)
-        columns = key.shape[2] - free - segment.length
-        mask = _segment_mask(layout, segment.length, free, columns, causal, window, q.device)
-        outs.append(_attend(qs[index], key, value, mask, bias, causal and mask is None and segment.length > 1, kwargs))
-    return torch.cat(outs, 2)
-
-
-def _with_prefix(
-    prefix: Prefix, row: int, heads: int, key: Tensor, value: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    pick = slice(row, row + 1) if prefix.k.shape[0] > 1 and key.shape[0] == 1 else slice(None)
-    pk = _repeat(prefix.k[pick], heads).to(key.dtype).expand(key.shape[0], -1, -1, -1)
-    pv = _repeat(prefix.v[pick], heads).to(value.dtype).expand(key.shape[0], -1, -1, -1)
-    if prefix.bias is not None or bias is not None:
-        rest = key.new_zeros(key.shape[2]) if bias is None else bias
-        own = key.new_zeros(pk.shape[2]) if prefix.bias is None else prefix.bias.to(key.dtype)
-        bias = torch.cat((own, rest))
-    return torch.cat((pk, key), 2), torch.cat((pv, value), 2), bias
 
 
 class _Widened:
@@ -264,54 +223,16 @@ class _Widened:
 
 
 def _apart(layout: Layout | None, picked: PickedTokens | None, q: Tensor, prefix: Prefix, kwargs: dict[str, Any]) -> Tensor:
-    """Return softmax(q k^T) v over the columns of one prefix alone, (R, Hq, T, Ev)."""
-    k, v = (_repeat(x, q.shape[1]).to(q.dtype) for x in (prefix.k, prefix.v))
+    """Return softmax(q k^T) v over the columns of one prefix alone, without sinks, (R, Hq, T, Ev)."""
+    kwargs = {**kwargs, "s_aux": None}
+    k, v = (repeat_heads(x, q.shape[1]).to(q.dtype) for x in (prefix.k, prefix.v))
     bias = None if prefix.bias is None else prefix.bias.to(q.dtype)
     if layout is not None and k.shape[0] > 1:
         parts = q.split([s.length for s in layout.segments] if picked is None else list(picked.counts), 2)
         rows = range(len(parts))
-        return torch.cat([_attend(parts[i], k[i : i + 1], v[i : i + 1], None, bias, False, kwargs) for i in rows], 2)
+        return torch.cat([attend_one(parts[i], k[i : i + 1], v[i : i + 1], None, bias, False, kwargs) for i in rows], 2)
     k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
-    return _attend(q, k, v, None, bias, False, kwargs)
-
-
-def _segment_mask(
-    layout: Layout, length: int, parent: int, prefix: int, causal: bool, window: int | None, device: torch.device
-) -> Tensor | None:
-    """Return a boolean mask (length, prefix + parent + length), or None for plain causal (or full) attention."""
-    narrow = window is not None and parent + length > window
-    if not causal or (not parent and not prefix and not narrow):
-        return None
-    key = ("mask", length, parent, prefix, window if narrow else None, device)
-    if key not in layout.cache:
-        q_position = torch.arange(parent, parent + length, device=device)[:, None]
-        k_position = torch.arange(parent + length, device=device)[None, :]
-        allowed = k_position <= q_position
-        if narrow:
-            allowed &= k_position > q_position - window  # type: ignore[operator]
-        layout.cache[key] = F.pad(allowed, (prefix, 0), value=True)
-    return layout.cache[key]
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool, kwargs: dict[str, Any]
-) -> Tensor:
-    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-    dropout = kwargs.get("dropout", 0.0)
-    if bias is not None:
-        rows = (
-            q.new_zeros(q.shape[2], k.shape[2]) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-        )
-        mask = rows + bias
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
-    weights = torch.matmul(q, k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = torch.tanh(weights / softcap) * softcap
-    if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        weights = weights.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else weights + mask
-    return torch.matmul(F.dropout(weights.softmax(-1, dtype=torch.float32).to(q.dtype), dropout), v)
+    return attend_one(q, k, v, None, bias, False, kwargs)
 
 
 def _padded(
@@ -327,7 +248,7 @@ def _padded(
     """Call the stock backend with keys and values extended by the prefixes' columns; returns (R, Hq, T, Ev)."""
     rows, columns, bias = k.shape[0], k.shape[2], None
     for prefix in reversed(prefixes):
-        k, v, bias = _with_prefix(prefix, 0, k.shape[1], k, v, bias)
+        k, v, bias = with_prefix(prefix, 0, k.shape[1], k, v, bias)
     extra = k.shape[2] - columns
     if extra:
         mask = _widen(module, q, columns, extra, mask, bias, kwargs)
@@ -346,7 +267,7 @@ def _widen(
     low = torch.finfo(q.dtype).min
     if mask is None:
         rows = torch.zeros(q.shape[2], columns, dtype=q.dtype, device=q.device)
-        if _is_causal(module, kwargs) and q.shape[2] > 1:
+        if is_causal_in(module, kwargs) and q.shape[2] > 1:
             allowed = torch.ones(q.shape[2], columns, dtype=torch.bool, device=q.device).tril(columns - q.shape[2])
             rows = rows.masked_fill(~allowed, low)
         mask = rows[None, None]
@@ -376,9 +297,9 @@ def _picked_padded(
         k, v = _take(k, picked.index, 2), _take(v, picked.index, 2)
     own = k.shape[2]
     for prefix in reversed(prefixes):
-        k, v, bias = _with_prefix(prefix, 0, k.shape[1], k, v, bias)
+        k, v, bias = with_prefix(prefix, 0, k.shape[1], k, v, bias)
     extra = k.shape[2] - own
-    if mask is not None or extra or _is_causal(module, kwargs):
+    if mask is not None or extra or is_causal_in(module, kwargs):
         mask = _pick(_widen(module, q, columns, extra, mask, bias, kwargs), picked, extra)
     if picked.keys:
         low = q.new_zeros(picked.valid.shape).masked_fill(~picked.valid, torch.finfo(q.dtype).min)
@@ -424,8 +345,8 @@ def _picked_packed(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Call attention once per segment that has picked tokens, (R, Hq, T, E) -> (R, Hq, T, Ev)."""
-    heads, causal = q.shape[1], _is_causal(module, kwargs)
-    k, v = _repeat(k, heads), _repeat(v, heads)
+    heads, causal = q.shape[1], is_causal_in(module, kwargs)
+    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     index = picked.index[0]
     outs: list[Tensor] = []
     for place, (segment, local) in enumerate(zip(layout.segments, index.split(list(picked.counts)), strict=True)):
@@ -437,15 +358,12 @@ def _picked_packed(
         seen = own if parent is None else torch.cat((torch.arange(parent.start, parent.start + free, device=q.device), own))
         key, value, bias = k[:, :, seen], v[:, :, seen], None
         for prefix in reversed(prefixes):
-            key, value, bias = _with_prefix(prefix, place, heads, key, value, bias)
-        mask = None
-        if causal:
-            allowed = (seen[None, :] <= local[:, None]) | (torch.arange(len(seen), device=q.device) < free)
-            window = kwargs.get("sliding_window")
-            if window is not None:
-                at = torch.cat((torch.arange(free, device=q.device), own - segment.start + free))
-                allowed = allowed & (at[None, :] > (local - segment.start + free)[:, None] - window)
+            key, value, bias = with_prefix(prefix, place, heads, key, value, bias)
+        mask, window = None, kwargs.get("sliding_window")
+        if causal or window is not None:
+            at = torch.cat((torch.arange(free, device=q.device), own - segment.start + free))
+            allowed = within((local - segment.start + free)[:, None], at[None, :], causal, window)
             mask = F.pad(allowed, (key.shape[2] - len(seen), 0), value=True)
-        outs.append(_attend(q[:, :, local], key, value, mask, bias, False, kwargs))
+        outs.append(attend_one(q[:, :, local], key, value, mask, bias, False, kwargs))
     out = torch.cat(outs, 2)
     return out.new_zeros(*q.shape[:3], out.shape[3]).index_copy(2, index, out)

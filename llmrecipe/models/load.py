@@ -94,7 +94,7 @@ def load_model(
     auto = model_class(config, rows_head)
     set_head_outputs(config, rows_head, labels)
     _check_input(config, rows_head, _concrete(auto, config))
-    backend = attention(section, _concrete(auto, config))
+    backend = _backend(section, _concrete(auto, config), device)
     dtype = resolve_dtype(section.dtype, config, device)
     stored = None
     if section.init != "random":
@@ -130,11 +130,29 @@ def skeleton(
     auto = model_class(config, rows_head)
     set_head_outputs(config, rows_head, labels)
     _check_input(config, rows_head, _concrete(auto, config))
-    backend = attention(section, _concrete(auto, config))
+    backend = _backend(section, _concrete(auto, config), device)
     with torch.device("meta"), quiet():
         model = _from_config(section, auto, config, resolve_dtype(section.dtype, config, device), backend)
     model.new_heads = _heads_without_weights(section, model) if rows_head in NEW_HEADS else ()
     return _finish(model.eval(), section, backend, tokenizer)
+
+
+def _backend(section: ModelSection, cls: type, device: str) -> str:
+    """Return the stock attention backend of a class.
+
+    Raises:
+        ModelError: the machine or the family lacks it, or the route that is named for packed rows.
+    """
+    from llmrecipe.models.packed_attention import check_route
+
+    backend = attention(section, cls)
+    check_route(section.packed_attention, device)
+    if section.packed_attention != "auto" and not routes_attention(cls, backend):
+        raise ModelError(
+            f"model.packed_attention: {section.packed_attention} is never reached, because rows of {cls.__name__} with "
+            f"{backend} attention are not packed; leave it at auto"
+        )
+    return backend
 
 
 def _heads_without_weights(section: ModelSection, model: LanguageModel) -> tuple[str, ...]:
@@ -279,7 +297,7 @@ def _finish(
     model.attention_routed = routes_attention(type(model), backend)
     if model.attention_routed:
         with quiet():
-            install_attention(model, backend)
+            install_attention(model, backend, section.packed_attention)
     if tokenizer is not None and (count := vocabulary.fit(model, tokenizer)):
         new_token_rows.add_token_rows(model, count)
     # A config that says tied for weights that are not, or the other way round, would change the model when it is reloaded.

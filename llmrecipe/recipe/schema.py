@@ -62,6 +62,11 @@ class ModelSection(Section):
         "else the checkpoint's own.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field("auto", description="Attention backend.")
+    packed_attention: Literal["auto", "loop", "varlen", "flash", "flex"] = Field(
+        "auto",
+        description="How packed rows are attended: one call per document (loop), or all of them in one, by torch (varlen), the "
+        "flash-attn package or FlexAttention (flex). `auto`: loop on a CPU, on a GPU the first that can compute the call.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
     compile: bool = Field(False, description="torch.compile the forward pass; pays off after thousands of steps.")
     revision: str | None = Field(None, description="Hub revision.")

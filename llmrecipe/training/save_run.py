@@ -22,6 +22,7 @@ from llmrecipe.data.formats.sources import paths_of
 from llmrecipe.data.overlap import shared_rows
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.models import task_heads
+from llmrecipe.models.attention_calls import stock_backend
 from llmrecipe.models.checkpoint_path import DELTA_FILE, describe_base
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.runs import delta, model_card
@@ -391,7 +392,7 @@ def save_whole(run: RunState, folder: Path) -> None:
         if bad := finite_check.nonfinite_names(state):
             raise RunError(f"model.dtype: weights of {', '.join(bad[:3])} are beyond the range of {dtype}; bfloat16 holds them")
     # The stock name, so that the folder loads where this package is not installed.
-    run.model.config._attn_implementation_internal = attention.removeprefix("llmrecipe_")
+    run.model.config._attn_implementation_internal = stock_backend(attention)
     try:
         run.model.save_pretrained(folder, state_dict=state)
     finally:

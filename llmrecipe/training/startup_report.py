@@ -46,6 +46,11 @@ def announce(run: RunState) -> None:
     ]
     for line in lines:
         say(line)
+    if run.roles.engine.one_by_one:
+        run.events.warning(
+            "attention in one call does not give this model's states here: packed documents are computed one after another "
+            "(model.packed_attention=loop)"
+        )
     for warning in validation.warnings(report):
         run.events.warning(warning)
 

@@ -33,7 +33,7 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._engines.document_tokens import host_of, stack_input
 from llmrecipe.methods._engines.handed_down import handed_down
-from llmrecipe.models.attention import Prefix
+from llmrecipe.models.attention_calls import Prefix
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted, remove_hook
 from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.module_map import anatomy

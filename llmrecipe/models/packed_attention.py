@@ -1,0 +1,380 @@
+"""Attention of packed rows: a loop over documents, or all of them in one call.
+
+Letters: Hq query heads, G key/value heads, T tokens of the packed row, E head size, P prefix columns, S segments.
+
+A segment sees itself (causally, or wholly in an encoder, within its sliding window), its parent (a shared prompt) and every
+prefix, and nothing else. Routes:
+
+    loop    one call per segment; defines what the others compute
+    varlen  `torch.nn.attention.varlen`, FlashAttention-2 inside torch: keys of the segments one after another
+    flash   the same through the flash-attn package, which also knows soft caps and dropout
+    flex    FlexAttention with a block mask made from the layout: sinks, biased prefixes, prefixes beside a sliding window
+
+`auto` takes the loop on a CPU; on a GPU, for each call, the first of varlen, flash and flex that can compute it, else the loop.
+
+Sources: FlashAttention-2 (arXiv 2307.08691), Flex Attention (arXiv 2412.05496), gpt-oss (sinks; arXiv 2508.10925).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.forward_context import Layout
+from llmrecipe.core.lazy import is_installed, load_module
+from llmrecipe.models.attention_calls import Prefix, attend_one, is_causal_in, repeat_heads, segment_mask, with_prefix, within
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+ONE_CALL = ("varlen", "flash", "flex")
+"""Routes that compute all documents in one call, in the order `auto` tries them."""
+FLASH_CAPABILITY = (8, 0)
+"""Least compute capability of FlashAttention-2."""
+FLASH_HEAD_SIZE = 256
+"""Largest head size of FlashAttention; head sizes are multiples of 8."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call over a packed row."""
+
+    layout: Layout
+    q: Tensor
+    """(1, Hq, T, E)"""
+    k: Tensor
+    """(1, G, T, E)"""
+    v: Tensor
+    """(1, G, T, Ev)"""
+    prefixes: tuple[Prefix, ...]
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    """(Hq,)"""
+    scale: float | None
+    dropout: float
+
+    @property
+    def heads(self) -> int:
+        """Return the number of key/value heads that keys and prefixes can be given."""
+        return max(self.k.shape[1], *(p.k.shape[1] for p in self.prefixes), 1)
+
+    def columns(self, name: str) -> Tensor:
+        """Return the keys (`k`) or values (`v`) of all prefixes, then of all tokens, (C, G, E)."""
+        own = getattr(self, name)[0].transpose(0, 1)
+        parts = [getattr(p, name).to(own.dtype).transpose(1, 2).flatten(0, 1) for p in self.prefixes] + [own]
+        heads = self.heads
+        return torch.cat([repeat_heads(x, heads) for x in parts]) if self.prefixes else own
+
+
+def attend_packed(
+    route: str,
+    module: nn.Module,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefixes: tuple[Prefix, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Compute attention of a packed row on a route, (1, Hq, T, E) -> (1, Hq, T, Ev).
+
+    Raises:
+        ModelError: the route was named and cannot compute this call.
+    """
+    if route == "loop" or (route == "auto" and q.device.type != "cuda"):
+        return per_document(module, layout, q, k, v, prefixes, kwargs)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    call = Call(
+        layout, q, k, v, prefixes, is_causal_in(module, kwargs), kwargs.get("sliding_window"), kwargs.get("softcap"),
+        kwargs.get("s_aux"), kwargs.get("scaling"), kwargs.get("dropout", 0.0),
+    )  # fmt: skip
+    if route == "auto":
+        found = next((name for name in ONE_CALL if refusal(name, call) is None), None)
+        return per_document(module, layout, q, k, v, prefixes, kwargs) if found is None else COMPUTE[found](call)
+    if why := refusal(route, call):
+        raise ModelError(f"model.packed_attention: {route} {why}; use auto or loop")
+    return COMPUTE[route](call)
+
+
+def check_route(route: str, device: str) -> None:
+    """Refuse a named route that this machine cannot take, before any weight is read.
+
+    Raises:
+        ModelError: it says what is missing.
+    """
+    if route in ONE_CALL and (why := lacking(route, torch.device(device))):
+        raise ModelError(f"model.packed_attention: {route} {why}; use auto or loop")
+
+
+def lacking(route: str, device: torch.device) -> str | None:
+    """Return what a machine lacks for a route that trains; None where nothing."""
+    if device.type != "cuda":
+        return "has no backward pass on a CPU" if route == "flex" else f"needs a CUDA GPU, and the device is {device.type}"
+    if route == "flex":
+        known = hasattr(_flex_module(), "AuxRequest")
+        return None if known else f"needs a newer torch than {torch.__version__}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
+        return f"needs a GPU of compute capability {'.'.join(map(str, FLASH_CAPABILITY))}"
+    if route == "varlen" and _varlen() is None:
+        return f"is not part of torch {torch.__version__}"
+    if route == "flash" and _flash() is None:
+        return "needs the flash-attn package"
+    return None
+
+
+def refusal(route: str, call: Call) -> str | None:
+    """Return why a route cannot compute a call; None where it can."""
+    if call.q.shape[0] != 1:
+        return "takes one packed row at a time"
+    return _flex_refusal(call) if route == "flex" else lacking(route, call.q.device) or _ragged_refusal(route, call)
+
+
+# --- one call per document -------------------------------------------------------------------------------------------
+
+
+def per_document(
+    module: nn.Module, layout: Layout, q: Tensor, k: Tensor, v: Tensor, prefixes: tuple[Prefix, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """Call attention once per segment, (R, Hq, T, E) -> (R, Hq, T, Ev): what every other route must equal.
+
+    `split` and `cat` keep the backward pass linear in the number of tokens.
+    """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        # On a CPU, the backward pass of bfloat16 attention takes twice the time of the float32 one and rounds more.
+        return per_document(module, layout, q.float(), k.float(), v.float(), prefixes, kwargs).to(torch.bfloat16)
+    heads = q.shape[1]
+    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    lengths = [s.length for s in layout.segments]
+    qs, ks, vs = q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)
+    causal = is_causal_in(module, kwargs)
+    window = kwargs.get("sliding_window")
+    outs: list[Tensor] = []
+    for index, segment in enumerate(layout.segments):
+        key, value, bias, free = ks[index], vs[index], None, 0
+        if segment.parent is not None:
+            free = lengths[segment.parent]
+            key, value = torch.cat((ks[segment.parent], key), 2), torch.cat((vs[segment.parent], value), 2)
+        for prefix in reversed(prefixes):
+            key, value, bias = with_prefix(prefix, index, heads, key, value, bias)
+        columns = key.shape[2] - free - segment.length
+        mask = segment_mask(layout, segment.length, free, columns, causal, window, q.device)
+        outs.append(attend_one(qs[index], key, value, mask, bias, causal and mask is None and segment.length > 1, kwargs))
+    return torch.cat(outs, 2)
+
+
+# --- keys of the segments one after another --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Where the queries and keys of each segment begin."""
+
+    q_starts: Tensor
+    """(S + 1,) int32"""
+    k_starts: Tensor
+    """(S + 1,) int32"""
+    q_longest: int
+    k_longest: int
+    index: Tensor | None
+    """(K,) columns of `Call.columns`, segment after segment: prefixes, parent, itself; None where they are so already."""
+
+
+def ragged(layout: Layout, prefixes: tuple[Prefix, ...], device: torch.device) -> Ragged:
+    """Return the starts and columns of all segments, computed on the host and copied once per batch."""
+    sizes = tuple((p.k.shape[0], p.k.shape[2]) for p in prefixes)
+    key = ("ragged", sizes, device)
+    if key not in layout.cache:
+        before = sum(count * size for count, size in sizes)
+        columns: list[list[int]] = []
+        for number, segment in enumerate(layout.segments):
+            seen: list[int] = []
+            first = 0
+            for count, size in sizes:
+                own = first + (number * size if count > 1 else 0)
+                seen += range(own, own + size)
+                first += count * size
+            if segment.parent is not None:
+                parent = layout.segments[segment.parent]
+                seen += range(before + parent.start, before + parent.start + parent.length)
+            columns.append([*seen, *range(before + segment.start, before + segment.start + segment.length)])
+        queries = [s.length for s in layout.segments]
+        keys = [len(c) for c in columns]
+        plain = not before and queries == keys
+        index = None if plain else torch.tensor([c for part in columns for c in part]).to(device)
+        layout.cache[key] = Ragged(_starts(queries, device), _starts(keys, device), max(queries), max(keys), index)
+    return layout.cache[key]  # type: ignore[no-any-return]
+
+
+def _starts(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+
+
+def _ragged_refusal(route: str, call: Call) -> str | None:
+    size = call.q.shape[-1]
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 or bfloat16, and this model in {str(call.q.dtype).removeprefix('torch.')}"
+    if size != call.v.shape[-1] or size % 8 or size > FLASH_HEAD_SIZE:
+        return f"takes heads of one size, a multiple of 8 up to {FLASH_HEAD_SIZE} (here {size} and {call.v.shape[-1]})"
+    if call.sinks is not None:
+        return "has no attention sinks"
+    if any(p.bias is not None for p in call.prefixes):
+        return "has no bias of prefix columns"
+    if call.window is not None and call.prefixes:
+        return "cannot see a prefix beyond a sliding window"
+    if route == "varlen" and (call.softcap is not None or call.dropout):
+        return "has no soft cap and no dropout of attention"
+    return None
+
+
+def _in_one_call(kernel: Callable[[Call, Tensor, Tensor, Tensor, Ragged, tuple[int, int]], Tensor], call: Call) -> Tensor:
+    at = ragged(call.layout, call.prefixes, call.q.device)
+    k, v = call.columns("k"), call.columns("v")
+    if at.index is not None:
+        k, v = k.index_select(0, at.index), v.index_select(0, at.index)
+    # Both kernels count a window without the token itself, from the right end of the keys.
+    reach = -1 if call.window is None else call.window - 1
+    out = kernel(call, call.q[0].transpose(0, 1), k, v, at, (reach, 0 if call.causal else reach))
+    return out.transpose(0, 1)[None]
+
+
+def _varlen_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor, at: Ragged, window: tuple[int, int]) -> Tensor:
+    function: Any = _varlen()
+    return function(  # type: ignore[no-any-return]
+        q, k, v, at.q_starts, at.k_starts, at.q_longest, at.k_longest, scale=call.scale, window_size=window,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+
+
+def _flash_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor, at: Ragged, window: tuple[int, int]) -> Tensor:
+    function: Any = _flash()
+    out = function(
+        q, k, v, at.q_starts, at.k_starts, at.q_longest, at.k_longest, dropout_p=call.dropout, softmax_scale=call.scale,
+        causal=call.causal, window_size=window, softcap=call.softcap or 0.0,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out
+
+
+@functools.cache
+def _varlen() -> Callable[..., Any] | None:
+    """Return torch's variable-length attention, in builds whose version of it knows windows and grouped heads."""
+    if not is_installed("torch.nn.attention.varlen"):
+        return None
+    function = load_module("torch.nn.attention.varlen").varlen_attn
+    wanted = {"scale", "window_size", "enable_gqa"}
+    return function if wanted <= set(inspect.signature(function).parameters) else None
+
+
+@functools.cache
+def _flash() -> Callable[..., Any] | None:
+    return load_module("flash_attn").flash_attn_varlen_func if is_installed("flash_attn") else None
+
+
+# --- FlexAttention ---------------------------------------------------------------------------------------------------
+
+
+def _flex_module() -> ModuleType:
+    return load_module("torch.nn.attention.flex_attention")
+
+
+def _flex_refusal(call: Call) -> str | None:
+    if call.dropout:
+        return "has no dropout of attention"
+    if call.q.dtype == torch.float64 and call.q.device.type == "cuda":
+        return "computes in float32 or less"
+    if call.q.device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return lacking("flex", call.q.device)
+    return None
+
+
+def segment_rule(
+    layout: Layout, prefixes: tuple[Prefix, ...], causal: bool, window: int | None, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return FlexAttention's `mask_mod`: whether query q sees column k, prefix columns first."""
+    sizes = [(p.k.shape[0], p.k.shape[2]) for p in prefixes]
+    of_prefix = [s if count > 1 else -1 for count, size in sizes for s in range(count) for _ in range(size)]
+    owner, place, parent, offset = [], [], [], []
+    for number, segment in enumerate(layout.segments):
+        above = -2 if segment.parent is None else segment.parent
+        owner += [number] * segment.length
+        place += range(segment.length)
+        parent += [above] * segment.length
+        offset += [0 if segment.parent is None else layout.segments[above].length] * segment.length
+    before = len(of_prefix)
+    host = torch.tensor([[*of_prefix, *owner], [0] * before + place, [0] * before + parent, [0] * before + offset])
+    owners, places, parents, offsets = host.to(device).unbind(0)
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q = q + before
+        own, above = owners[k] == owners[q], owners[k] == parents[q]
+        at = places[k] + torch.where(own, offsets[k], 0)
+        token = (own | above) & within(places[q] + offsets[q], at, causal, window)
+        return torch.where(k < before, (owners[k] < 0) | own, token)
+
+    return sees
+
+
+def block_mask(call: Call) -> BlockMask:
+    """Return FlexAttention's block mask of a call, made once per batch for each width of window and set of prefixes."""
+    device, layout = call.q.device, call.layout
+    sizes = tuple((p.k.shape[0], p.k.shape[2]) for p in call.prefixes)
+    key = ("block mask", sizes, call.causal, call.window, device)
+    if key not in layout.cache:
+        rule = segment_rule(layout, call.prefixes, call.causal, call.window, device)
+        tokens = call.q.shape[2]
+        columns = tokens + sum(count * size for count, size in sizes)
+        layout.cache[key] = _flex_module().create_block_mask(rule, None, None, tokens, columns, device=device.type)
+    return layout.cache[key]  # type: ignore[no-any-return]
+
+
+def _score(call: Call) -> Callable[..., Tensor] | None:
+    """Return FlexAttention's `score_mod`: the soft cap, then the bias of prefix columns."""
+    cap, bias = call.softcap, None
+    if any(p.bias is not None for p in call.prefixes):
+        parts = [(p.k.new_zeros(p.k.shape[2]) if p.bias is None else p.bias).repeat(p.k.shape[0]) for p in call.prefixes]
+        bias = torch.cat([*(x.to(call.q.dtype) for x in parts), call.q.new_zeros(call.q.shape[2])])
+    if cap is None and bias is None:
+        return None
+
+    def changed(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        capped = score if cap is None else torch.tanh(score / cap) * cap
+        return capped if bias is None else capped + bias[k]
+
+    return changed
+
+
+def _flex(call: Call) -> Tensor:
+    k, v = (call.columns(name).transpose(0, 1)[None] for name in ("k", "v"))
+    out, aux = _flex_function(call.q.device.type)(
+        call.q, k, v, _score(call), block_mask(call), call.scale, k.shape[1] != call.q.shape[1],
+        return_aux=_flex_module().AuxRequest(lse=call.sinks is not None),
+    )  # fmt: skip
+    if call.sinks is None:
+        return out  # type: ignore[no-any-return]
+    # A logit s without a value scales a head's output by Z / (Z + e^s), Z the sum of exp over the columns seen.
+    kept = torch.sigmoid(aux.lse - call.sinks.to(aux.lse.dtype).view(1, -1, 1))
+    return out * kept.to(out.dtype)[..., None]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _flex_function(device: str) -> Callable[..., Any]:
+    """Return FlexAttention, compiled where there is a kernel: as it stands it writes out all T x C scores."""
+    function: Callable[..., Any] = _flex_module().flex_attention
+    return torch.compile(function) if device == "cuda" else function
+
+
+COMPUTE: dict[str, Callable[[Call], Tensor]] = {
+    "varlen": functools.partial(_in_one_call, _varlen_kernel),
+    "flash": functools.partial(_in_one_call, _flash_kernel),
+    "flex": _flex,
+}

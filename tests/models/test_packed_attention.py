@@ -1,0 +1,163 @@
+"""Every route of packed attention gives what the loop over documents gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.models import packed_attention as routes
+from llmrecipe.models.attention_calls import Prefix
+from tests.models.packed_calls import CASES, call_of, flash, layout_of, leaves, loop, varlen
+
+
+def tolerance(case: str) -> dict[str, float]:
+    """The loop takes the softmax of soft caps and sinks in float32."""
+    rounded = CASES[case].get("softcap") or CASES[case].get("sinks")
+    return {"rtol": 1e-5, "atol": 5e-6} if rounded else {"rtol": 1e-8, "atol": 1e-10}
+
+
+def gradients(call: routes.Call, out: Tensor) -> list[Tensor]:
+    weights = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    return list(torch.autograd.grad((out * weights).sum(), leaves(call)))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_flex_attention_gives_what_the_loop_gives(case: str) -> None:
+    call = call_of(**CASES[case])
+    torch.testing.assert_close(routes.COMPUTE["flex"](call), loop(call), **tolerance(case))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_block_mask_opens_the_places_that_the_loop_opens(case: str) -> None:
+    """Queries of zero give every column that is seen the same share, and values that are the columns' names read it off."""
+    call = call_of(**CASES[case])
+    before = sum(p.k.shape[0] * p.k.shape[2] for p in call.prefixes)
+    names = torch.eye(before + call.q.shape[2], dtype=torch.float64)
+    prefixes, first = [], 0
+    for p in call.prefixes:
+        count, size = p.k.shape[0], p.k.shape[2]
+        values = names[first : first + count * size].view(count, 1, size, -1).expand(-1, p.k.shape[1], -1, -1)
+        prefixes.append(Prefix(p.k, values))
+        first += count * size
+    values = names[before:][None, None].expand(1, call.k.shape[1], -1, -1)
+    plain = dataclasses.replace(call, q=call.q * 0, v=values, prefixes=tuple(prefixes), sinks=None)
+    seen = loop(plain)[0, 0] > 0
+    queries, columns = torch.arange(seen.shape[0])[:, None], torch.arange(seen.shape[1])[None]
+    rule = routes.segment_rule(call.layout, call.prefixes, call.causal, call.window, torch.device("cpu"))
+    zero = torch.tensor(0)
+    assert torch.equal(rule(zero, zero, queries, columns), seen)
+
+
+def test_blocks_without_an_open_place_are_not_visited() -> None:
+    call = call_of([(200, None), (130, None), (60, 1)], window=100)
+    mask = routes.block_mask(call)
+    rule = routes.segment_rule(call.layout, (), True, 100, torch.device("cpu"))
+    places, zero = torch.arange(512).clamp_max(389), torch.tensor(0)
+    seen = rule(zero, zero, places[:, None], places[None]).view(4, 128, 4, 128).any(3).any(1)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), seen)
+    assert not seen.all()
+    assert routes.block_mask(call) is mask, "it is made once for all layers of a pass"
+
+
+@pytest.mark.parametrize("route", ["varlen", "flash"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_kernels_of_variable_lengths_are_asked_for_what_the_loop_computes(
+    case: str, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "_varlen", lambda: varlen)
+    monkeypatch.setattr(routes, "_flash", lambda: flash)
+    monkeypatch.setattr(routes, "lacking", lambda route, device: None)
+    half = dataclasses.replace(call := call_of(**CASES[case]), q=call.q.bfloat16())
+    refused = routes.refusal(route, half)
+    impossible = {
+        "sinks",
+        "sinks, windows and groups",
+        "a biased prefix",
+        "a prefix beyond the window",
+        "values of another size",
+    }
+    if route == "varlen":
+        impossible |= {"soft cap", "soft cap, windows and shared prompts"}
+    assert (refused is not None) == (case in impossible)
+    if refused is None:
+        for leaf in leaves(call):
+            leaf.requires_grad_()
+        out, wanted = routes.COMPUTE[route](call), loop(call)
+        torch.testing.assert_close(out, wanted, **tolerance(case))
+        torch.testing.assert_close(gradients(call, out), gradients(call, wanted), **tolerance(case))
+
+
+def test_an_encoders_window_reaches_both_ways() -> None:
+    """Values 0, 1, 2, ... under equal shares: each token's output is the mean of those fewer than two places away."""
+    call = call_of([(4, None)], causal=False, window=2)
+    values = torch.arange(4, dtype=torch.float64)[None, None, :, None].expand(1, 4, -1, 1)
+    out = loop(dataclasses.replace(call, q=call.q * 0, v=values))
+    torch.testing.assert_close(out[0, 0, :, 0], torch.tensor([0.5, 1.0, 2.0, 2.5], dtype=torch.float64))
+
+
+def test_a_sink_takes_its_share_and_gives_nothing() -> None:
+    """Equal logits of 0 and a sink of log 2: a document's first token keeps 1/3, its second 2/4."""
+    call = call_of([(2, None)])
+    ones = torch.ones_like(call.v)
+    sinks = torch.full((4,), 2.0, dtype=torch.float64).log()
+    out = loop(dataclasses.replace(call, q=call.q * 0, v=ones, sinks=sinks))
+    torch.testing.assert_close(out[0, 0, :, 0], torch.tensor([1 / 3, 1 / 2], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("route", "reason"),
+    [
+        ("varlen", "varlen needs a CUDA GPU, and the device is cpu; use auto or loop"),
+        ("flash", "flash needs a CUDA GPU, and the device is cpu; use auto or loop"),
+        ("flex", "flex has no backward pass on a CPU; use auto or loop"),
+    ],
+)
+def test_a_named_route_that_the_machine_lacks_is_refused(route: str, reason: str) -> None:
+    with pytest.raises(ModelError) as error:
+        routes.check_route(route, "cpu")
+    assert str(error.value) == f"model.packed_attention: {reason}"
+    routes.check_route("auto", "cpu")
+    routes.check_route("loop", "cpu")
+
+
+def test_a_named_route_that_cannot_compute_a_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "lacking", lambda route, device: None)
+    call = call_of()
+    q, k, v = (x.bfloat16() for x in (call.q, call.k, call.v))
+    with pytest.raises(ModelError, match="varlen has no attention sinks; use auto or loop"):
+        routes.attend_packed("varlen", torch.nn.Module(), call.layout, q, k, v, (), {"s_aux": torch.zeros(4)})
+    with pytest.raises(ModelError, match="flash computes in float16 or bfloat16, and this model in float64"):
+        routes.attend_packed("flash", torch.nn.Module(), call.layout, call.q, k, v, (), {})
+
+
+def test_a_cpu_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "lacking", lambda route, device: None)
+    monkeypatch.setattr(routes, "COMPUTE", {})
+    call = call_of()
+    assert torch.equal(routes.attend_packed("auto", torch.nn.Module(), call.layout, call.q, call.k, call.v, (), {}), loop(call))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of a GPU")
+@pytest.mark.parametrize("route", routes.ONE_CALL)
+@pytest.mark.parametrize("case", list(CASES))
+def test_gradients_on_a_gpu_equal_those_of_the_loop(case: str, route: str) -> None:
+    dtype = torch.float32 if route == "flex" else torch.bfloat16
+    call = call_of(**CASES[case], device="cuda", dtype=dtype)
+    if (why := routes.refusal(route, call)) is not None:
+        pytest.skip(why)
+    for leaf in leaves(call):
+        leaf.requires_grad_()
+    out, wanted = routes.COMPUTE[route](call), loop(call)
+    close = {"rtol": 2e-3, "atol": 2e-3} if route == "flex" else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(out, wanted, **close)
+    torch.testing.assert_close(gradients(call, out), gradients(call, wanted), **close)
+
+
+def test_a_layout_of_one_document_needs_no_index() -> None:
+    at = routes.ragged(layout_of([(3, None), (2, None)]), (), torch.device("cpu"))
+    assert at.index is None
+    assert at.q_starts.tolist() == at.k_starts.tolist() == [0, 3, 5]
