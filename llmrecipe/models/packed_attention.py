@@ -213,7 +213,7 @@ def ragged(layout: Layout, prefixes: tuple[Prefix, ...], device: torch.device) -
         plain = not before and queries == keys
         index = None if plain else torch.tensor([c for part in columns for c in part]).to(device)
         layout.cache[key] = Ragged(_starts(queries, device), _starts(keys, device), max(queries), max(keys), index)
-    return layout.cache[key]  # type: ignore[no-any-return]
+    return layout.cache[key]
 
 
 def _starts(lengths: list[int], device: torch.device) -> Tensor:
@@ -250,7 +250,7 @@ def _in_one_call(kernel: Callable[[Call, Tensor, Tensor, Tensor, Ragged, tuple[i
 
 def _varlen_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor, at: Ragged, window: tuple[int, int]) -> Tensor:
     function: Any = _varlen()
-    return function(  # type: ignore[no-any-return]
+    return function(
         q, k, v, at.q_starts, at.k_starts, at.q_longest, at.k_longest, scale=call.scale, window_size=window,
         enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
@@ -303,7 +303,10 @@ def segment_rule(
     """Return FlexAttention's `mask_mod`: whether query q sees column k, prefix columns first."""
     sizes = [(p.k.shape[0], p.k.shape[2]) for p in prefixes]
     of_prefix = [s if count > 1 else -1 for count, size in sizes for s in range(count) for _ in range(size)]
-    owner, place, parent, offset = [], [], [], []
+    owner: list[int] = []
+    place: list[int] = []
+    parent: list[int] = []
+    offset: list[int] = []
     for number, segment in enumerate(layout.segments):
         above = -2 if segment.parent is None else segment.parent
         owner += [number] * segment.length
@@ -334,7 +337,7 @@ def block_mask(call: Call) -> BlockMask:
         tokens = call.q.shape[2]
         columns = tokens + sum(count * size for count, size in sizes)
         layout.cache[key] = _flex_module().create_block_mask(rule, None, None, tokens, columns, device=device.type)
-    return layout.cache[key]  # type: ignore[no-any-return]
+    return layout.cache[key]
 
 
 def _score(call: Call) -> Callable[..., Tensor] | None:
@@ -360,10 +363,10 @@ def _flex(call: Call) -> Tensor:
         return_aux=_flex_module().AuxRequest(lse=call.sinks is not None),
     )  # fmt: skip
     if call.sinks is None:
-        return out  # type: ignore[no-any-return]
+        return out
     # A logit s without a value scales a head's output by Z / (Z + e^s), Z the sum of exp over the columns seen.
     kept = torch.sigmoid(aux.lse - call.sinks.to(aux.lse.dtype).view(1, -1, 1))
-    return out * kept.to(out.dtype)[..., None]  # type: ignore[no-any-return]
+    return out * kept.to(out.dtype)[..., None]
 
 
 @functools.cache
