@@ -30,11 +30,11 @@ from llmrecipe.models.attention_calls import (
     OURS,
     Prefix,
     attend_one,
+    in_reach,
     is_causal_in,
     repeat_heads,
     stock_backend,
     with_prefix,
-    within,
 )
 from llmrecipe.models.hooks.hook import ROUTED, Hook, hooks_of, note_called
 from llmrecipe.models.packed_attention import attend_packed
@@ -362,7 +362,7 @@ def _picked_packed(
         mask, window = None, kwargs.get("sliding_window")
         if causal or window is not None:
             at = torch.cat((torch.arange(free, device=q.device), own - segment.start + free))
-            allowed = within((local - segment.start + free)[:, None], at[None, :], causal, window)
+            allowed = in_reach((local - segment.start + free)[:, None], at[None, :], causal, window)
             mask = F.pad(allowed, (key.shape[2] - len(seen), 0), value=True)
         outs.append(attend_one(q[:, :, local], key, value, mask, bias, False, kwargs))
     out = torch.cat(outs, 2)

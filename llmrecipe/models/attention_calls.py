@@ -76,12 +76,12 @@ def segment_mask(
     if key not in layout.cache:
         q_position = torch.arange(parent, parent + length, device=device)[:, None]
         k_position = torch.arange(parent + length, device=device)[None, :]
-        allowed = within(q_position, k_position, causal, window if narrow else None)
+        allowed = in_reach(q_position, k_position, causal, window if narrow else None)
         layout.cache[key] = F.pad(allowed, (prefix, 0), value=True)
     return layout.cache[key]
 
 
-def within(q_position: Tensor, k_position: Tensor, causal: bool, window: int | None) -> Tensor:
+def in_reach(q_position: Tensor, k_position: Tensor, causal: bool, window: int | None) -> Tensor:
     """Return whether a query sees a key of its own document: q - w < k <= q where causal, |q - k| < w otherwise."""
     ahead = q_position - k_position
     least = 0 if causal else 1 - window if window is not None else -(2**31)

@@ -8,7 +8,7 @@ prefix, and nothing else. Routes:
     loop    one call per segment; defines what the others compute
     varlen  `torch.nn.attention.varlen`, FlashAttention-2 inside torch: keys of the segments one after another
     flash   the same through the flash-attn package, which also knows soft caps and dropout
-    flex    FlexAttention with a block mask made from the layout: sinks, biased prefixes, prefixes beside a sliding window
+    flex    FlexAttention with a block mask made from the layout: sinks, biased prefixes, prefixes with a sliding window
 
 `auto` takes the loop on a CPU; on a GPU, for each call, the first of varlen, flash and flex that can compute it, else the loop.
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Layout
 from llmrecipe.core.lazy import is_installed, load_module
-from llmrecipe.models.attention_calls import Prefix, attend_one, is_causal_in, repeat_heads, segment_mask, with_prefix, within
+from llmrecipe.models.attention_calls import Prefix, attend_one, in_reach, is_causal_in, repeat_heads, segment_mask, with_prefix
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -100,9 +100,9 @@ def attend_packed(
         kwargs.get("s_aux"), kwargs.get("scaling"), kwargs.get("dropout", 0.0),
     )  # fmt: skip
     if route == "auto":
-        found = next((name for name in ONE_CALL if refusal(name, call) is None), None)
+        found = next((name for name in ONE_CALL if route_refusal(name, call) is None), None)
         return per_document(module, layout, q, k, v, prefixes, kwargs) if found is None else COMPUTE[found](call)
-    if why := refusal(route, call):
+    if why := route_refusal(route, call):
         raise ModelError(f"model.packed_attention: {route} {why}; use auto or loop")
     return COMPUTE[route](call)
 
@@ -133,7 +133,7 @@ def lacking(route: str, device: torch.device) -> str | None:
     return None
 
 
-def refusal(route: str, call: Call) -> str | None:
+def route_refusal(route: str, call: Call) -> str | None:
     """Return why a route cannot compute a call; None where it can."""
     if call.q.shape[0] != 1:
         return "takes one packed row at a time"
@@ -321,7 +321,7 @@ def segment_rule(
         q = q + before
         own, above = owners[k] == owners[q], owners[k] == parents[q]
         at = places[k] + torch.where(own, offsets[k], 0)
-        token = (own | above) & within(places[q] + offsets[q], at, causal, window)
+        token = (own | above) & in_reach(places[q] + offsets[q], at, causal, window)
         return torch.where(k < before, (owners[k] < 0) | own, token)
 
     return sees

@@ -72,7 +72,7 @@ def test_kernels_of_variable_lengths_are_asked_for_what_the_loop_computes(
     monkeypatch.setattr(routes, "_flash", lambda: flash)
     monkeypatch.setattr(routes, "lacking", lambda route, device: None)
     half = dataclasses.replace(call := call_of(**CASES[case]), q=call.q.bfloat16())
-    refused = routes.refusal(route, half)
+    refused = routes.route_refusal(route, half)
     impossible = {
         "sinks",
         "sinks, windows and groups",
@@ -147,7 +147,7 @@ def test_a_cpu_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_on_a_gpu_equal_those_of_the_loop(case: str, route: str) -> None:
     dtype = torch.float32 if route == "flex" else torch.bfloat16
     call = call_of(**CASES[case], device="cuda", dtype=dtype)
-    if (why := routes.refusal(route, call)) is not None:
+    if (why := routes.route_refusal(route, call)) is not None:
         pytest.skip(why)
     for leaf in leaves(call):
         leaf.requires_grad_()
