@@ -88,7 +88,7 @@ class Account:
     entries: list[Entry] = field(default_factory=list)
     claimed: set[str] = field(default_factory=set)
     looked: set[str] = field(default_factory=set)
-    """Keys that a table asked for, given or not."""
+    """Keys that a table has read, given or not."""
 
     @property
     def given(self) -> dict[str, Any]:
