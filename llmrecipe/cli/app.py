@@ -26,7 +26,7 @@ from llmrecipe.core.redact import redact_text
 from llmrecipe.core.steady_output import let_go, open_streams, steady_output
 
 PANELS = ("Train", "Look", "Use", "Tools")
-WORK = ("train", "launch", "search", "step", "generate", "label", "export", "push", "new")
+WORK = ("train", "launch", "search", "step", "generate", "label", "export", "push", "new", "migrate")
 """Verbs whose result is in files: it stands, whether or not the screen could be written."""
 PRINTED = {"launch": "--to"}
 """Of these the option with which they print their result."""

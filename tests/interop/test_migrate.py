@@ -14,7 +14,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.interop.migrate.account import Only, Same, To, leaves, plain, steps
 from llmrecipe.interop.migrate.convert import TOOLS, Migration, migrate_file
-from llmrecipe.interop.migrate.parts import OPTIMIZERS
+from llmrecipe.interop.migrate.counterparts import OPTIMIZERS
 from llmrecipe.recipe.schema import Recipe
 from llmrecipe.recipe.yaml_file import read_yaml
 

@@ -7,7 +7,7 @@ from typing import Any
 from llmrecipe.interop.migrate import trainer
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
 from llmrecipe.interop.migrate.axolotl_data import read_data
-from llmrecipe.interop.migrate.parts import (
+from llmrecipe.interop.migrate.counterparts import (
     adapters_decay,
     batch,
     every,

@@ -9,7 +9,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.foreign import read_json
 from llmrecipe.interop.migrate import trainer
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.parts import EVERY_LINEAR, lora
+from llmrecipe.interop.migrate.counterparts import EVERY_LINEAR, lora
 from llmrecipe.interop.migrate.trainer import rows_of
 from llmrecipe.interop.migrate.values import flag, number, text, whole, words
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.parts import batch, lora, target_of
+from llmrecipe.interop.migrate.counterparts import batch, lora, target_of
 from llmrecipe.interop.migrate.trainer import LOADING, LOGS, MANY, rows_of
 from llmrecipe.interop.migrate.values import flag, number, options, text, whole, words
 

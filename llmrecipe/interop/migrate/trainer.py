@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.parts import (
+from llmrecipe.interop.migrate.counterparts import (
     adapters_decay,
     batch,
     every,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.interop.migrate import trainer
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.parts import lora, sampled
+from llmrecipe.interop.migrate.counterparts import lora, sampled
 from llmrecipe.interop.migrate.trainer import rows_of
 from llmrecipe.interop.migrate.values import flag, number, text, whole
 
