@@ -38,7 +38,7 @@ def verb(
     """Write another tool's configuration as a recipe, and say what became of each of its keys."""
     from llmrecipe.cli.recipe_text import free_name
     from llmrecipe.core.errors import RecipeError
-    from llmrecipe.interop.migrate.convert import migrate_file, recipe_text
+    from llmrecipe.interop.migrate.convert import migrate_file, migrated_text
     from llmrecipe.recipe.compose import compose, load_entry_points
 
     load_entry_points()
@@ -49,7 +49,7 @@ def verb(
     if path.exists():
         raise RecipeError(f"{path} exists already; choose another name: --out PATH")
     word = path.stem if path.parent == Path("recipes") else str(path)
-    _write(path, recipe_text(found, word))
+    _write(path, migrated_text(found, word))
     try:
         compose(path)
     except RecipeError as error:

@@ -12,9 +12,10 @@ import pytest
 from llmrecipe.cli.app import run_command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.interop.migrate.account import Only, Same, To, leaves, plain, steps
+from llmrecipe.interop.migrate.account import Only, Same, To, bare_key, key_steps, leaf_values
 from llmrecipe.interop.migrate.convert import TOOLS, Migration, migrate_file
 from llmrecipe.interop.migrate.counterparts import OPTIMIZERS
+from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import Recipe
 from llmrecipe.recipe.yaml_file import read_yaml
 
@@ -165,7 +166,7 @@ def test_a_file_is_mapped_as_by_hand(tool: str, tmp_path: Path) -> None:
 def test_no_key_is_dropped_in_silence(tool: str, tmp_path: Path) -> None:
     found = _golden(tmp_path, tool)
     named = [entry.key for entry in found.entries]
-    for key, _ in leaves(read_yaml(tmp_path / "old.yaml").value):
+    for key, _ in leaf_values(read_yaml(tmp_path / "old.yaml").value):
         assert any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in named), key
 
 
@@ -291,5 +292,18 @@ def test_the_recipe_trains(
 
 
 def test_keys_are_split_and_joined() -> None:
-    assert steps("a.b[1].c[0]") == ("a", "b", 1, "c", 0)
-    assert plain("a.b[1].c[0]") == "a.b[].c[]"
+    assert key_steps("a.b[1].c[0]") == ("a", "b", 1, "c", 0)
+    assert bare_key("a.b[1].c[0]") == "a.b[].c[]"
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "kto", "reward", "grpo", "rloo"])
+def test_each_command_of_trl_gives_a_recipe_that_composes(trainer: str, tmp_path: Path) -> None:
+    """The file names no reward, so that objectives of sampled answers get one to be replaced."""
+    (tmp_path / "old.yml").write_text(
+        "model_name_or_path: tiny\ndataset_name: rows.csv\nlearning_rate: 1e-5\n", encoding="utf-8"
+    )
+    out = tmp_path / "new.yaml"
+    assert run_command(["migrate", str(tmp_path / "old.yml"), "--trainer", trainer, "-o", str(out)]) == 0
+    assert type(compose(str(out), []).recipe.objective) is not None
+    assert compose(out, []).recipe.objective["kind"] == trainer
+    assert ("objective.reward is a stand-in" in out.read_text(encoding="utf-8")) == (trainer in ("grpo", "rloo"))

@@ -99,7 +99,7 @@ class Account:
         """Return the value at a key such as `optimizer.lr` or `datasets[0].path`, None where it is not given."""
         self.looked.add(key)
         value: Any = self.given
-        for part in steps(key):
+        for part in key_steps(key):
             if isinstance(part, int):
                 value = value[part] if isinstance(value, list) and part < len(value) else None
             else:
@@ -118,7 +118,7 @@ class Account:
         try:
             return reader(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise RecipeError(f"{self.source.where(*steps(key))}: {key}: {value!r:.80} is not {error}") from error
+            raise RecipeError(f"{self.source.where(*key_steps(key))}: {key}: {value!r:.80} is not {error}") from error
 
     def carry(self, key: str, path: str, value: object, note: str = "") -> None:
         """Write a value at a key of the recipe, because of a key of the file."""
@@ -165,7 +165,7 @@ class Account:
 
     def apply(self, rules: Mapping[str, Rule], objective: str) -> None:
         """Apply a table to every key that has not been entered yet, and name the keys it does not know."""
-        for key, value in leaves(self.given):
+        for key, value in leaf_values(self.given):
             if any(key == done or key.startswith((f"{done}.", f"{done}[")) for done in self.claimed):
                 continue
             name, rule = rule_of(rules, key)
@@ -191,7 +191,7 @@ class Account:
                 self.same(key, "as here")
             else:
                 self.leave(key, rule.remedy)
-        elif name != plain(key):
+        elif name != bare_key(key):
             self.leave(key, f"{name} is one value ({rule.path} here), not a mapping")
         elif rule.objectives and objective not in rule.objectives:
             self.leave(key, f"{objective} has no such option here ({rule.path} belongs to {', '.join(rule.objectives)})")
@@ -199,7 +199,7 @@ class Account:
             self.carry(key, rule.path, self.read(key, rule.read), rule.note)
 
     def _unknown(self, key: str, rules: Mapping[str, Rule]) -> str:
-        near = did_you_mean(plain(key), {*rules, *map(plain, self.looked)} - {plain(key)})
+        near = did_you_mean(bare_key(key), {*rules, *map(bare_key, self.looked)} - {bare_key(key)})
         return f"no key of {self.tool} that is known here{near}; look up what it does, and set it by hand where it matters"
 
 
@@ -211,11 +211,11 @@ def value_at(mapping: Mapping[str, Any], path: str) -> Any:  # noqa: ANN401 (wha
     return value
 
 
-def steps(key: str) -> tuple[str | int, ...]:
+def key_steps(key: str) -> tuple[str | int, ...]:
     """Split a key into names and list indices.
 
     Examples:
-        >>> steps("datasets[0].path")
+        >>> key_steps("datasets[0].path")
         ('datasets', 0, 'path')
     """
     parts: list[str | int] = []
@@ -225,23 +225,23 @@ def steps(key: str) -> tuple[str | int, ...]:
     return tuple(parts)
 
 
-def leaves(value: object, at: str = "") -> Iterator[tuple[str, Any]]:
+def leaf_values(value: object, at: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value of a mapping that is none itself, with its key; mappings in lists are walked through as well."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from leaves(inner, f"{at}.{key}" if at else str(key))
+            yield from leaf_values(inner, f"{at}.{key}" if at else str(key))
     elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
         for index, inner in enumerate(value):
-            yield from leaves(inner, f"{at}[{index}]")
+            yield from leaf_values(inner, f"{at}[{index}]")
     else:
         yield at, value
 
 
-def plain(key: str) -> str:
+def bare_key(key: str) -> str:
     """Return a key with its list indices left out.
 
     Examples:
-        >>> plain("datasets[0].path")
+        >>> bare_key("datasets[0].path")
         'datasets[].path'
     """
     return "".join("[" + part[part.index("]") :] if "]" in part else part for part in key.replace("[", "\0[").split("\0"))
@@ -249,7 +249,7 @@ def plain(key: str) -> str:
 
 def rule_of(rules: Mapping[str, Rule], key: str) -> tuple[str, Rule | None]:
     """Return the rule of a key, or of the nearest mapping around it that has one, and the rule's name."""
-    name = plain(key)
+    name = bare_key(key)
     while name:
         if name in rules:
             return name, rules[name]

@@ -6,21 +6,21 @@ from typing import Any
 
 from llmrecipe.interop.migrate import trainer
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.axolotl_data import read_data
+from llmrecipe.interop.migrate.axolotl_data import read_datasets
 from llmrecipe.interop.migrate.counterparts import (
     adapters_decay,
     batch,
+    carry_sampling,
     every,
     lora,
     optimizer,
     precision,
-    sampled,
     schedule,
     stop_after,
     warmup,
 )
 from llmrecipe.interop.migrate.trainer import LOADING, LOGS, MANY, rows_of
-from llmrecipe.interop.migrate.values import flag, number, text, whole
+from llmrecipe.interop.migrate.values import finite_number, flag, text, whole_number
 
 OBJECTIVES = {"dpo": "dpo", "ipo": "ipo", "orpo": "orpo", "kto": "kto", "simpo": "simpo", "grpo": "grpo", "gdpo": "grpo"}
 """`rl` -> objective."""
@@ -42,18 +42,18 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "model_config": Only("set model.config={...}", ()),
     "tokenizer_config": To("tokenizer.path", text),
     "reinit_weights": Only("set model.init=random", (False,)),
-    "sequence_len": To("data.max_length", whole, 512),
+    "sequence_len": To("data.max_length", whole_number, 512),
     "excess_length_strategy": Only("set data.truncation (`llmrecipe list truncation`)", ("drop",)),
     "val_set_size": Same("see data.validation"),
     "default_system_message": To("data.system", text),
     "shuffle_merged_datasets": Only("rows of all sources are shuffled in every epoch", (True,)),
     "min_sample_len": Only("no row is too short here; take the short ones out of the file", (2,)),
-    "early_stopping_patience": To("eval.patience", whole),
-    "neftune_noise_alpha": To("objective.neftune_alpha", number, objectives=("sft",)),
-    "max_grad_norm": To("optim.clip", number, 1.0),
-    "weight_decay": To("optim.weight_decay", number),
-    "seed": To("seed", whole, 42, "the same number draws other rows and weights here"),
-    "loraplus_lr_ratio": To("stack.lora.lr_ratio", number),
+    "early_stopping_patience": To("eval.patience", whole_number),
+    "neftune_noise_alpha": To("objective.neftune_alpha", finite_number, objectives=("sft",)),
+    "max_grad_norm": To("optim.clip", finite_number, 1.0),
+    "weight_decay": To("optim.weight_decay", finite_number),
+    "seed": To("seed", whole_number, 42, "the same number draws other rows and weights here"),
+    "loraplus_lr_ratio": To("stack.lora.lr_ratio", finite_number),
     "loraplus_lr_embedding": Same("embeddings have no branch in a LoRA of linear layers"),
     "lora_rank_pattern": Only("set stack.lora.rank_pattern: expressions for the end of a site's path", ()),
     "lora_alpha_pattern": Only("set stack.lora.alpha_pattern: expressions for the end of a site's path", ()),
@@ -71,14 +71,14 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "loss_watchdog_patience": Only("see loss_watchdog_threshold"),
     "lr_quadratic_warmup": Only("the warm-up is linear", (False,)),
     "cosine_constant_lr_ratio": Only("the cosine ends at the end of the run; schedule=wsd holds a rate", (0, 0.0)),
-    "cosine_min_lr_ratio": To("schedule.min_ratio", number, note="for the cosine schedule"),
+    "cosine_min_lr_ratio": To("schedule.min_ratio", finite_number, note="for the cosine schedule"),
     "eta_min": Only("set schedule.min_ratio to this rate over optim.lr"),
-    "center_rewards_coefficient": To("objective.center", number, objectives=("reward",)),
-    "kto_desirable_weight": To("objective.desirable_weight", number, objectives=("kto",)),
-    "kto_undesirable_weight": To("objective.undesirable_weight", number, objectives=("kto",)),
-    "simpo_gamma": To("objective.gamma", number, 0.5, objectives=("simpo",)),
+    "center_rewards_coefficient": To("objective.center", finite_number, objectives=("reward",)),
+    "kto_desirable_weight": To("objective.desirable_weight", finite_number, objectives=("kto",)),
+    "kto_undesirable_weight": To("objective.undesirable_weight", finite_number, objectives=("kto",)),
+    "simpo_gamma": To("objective.gamma", finite_number, 0.5, objectives=("simpo",)),
     "cpo_alpha": Only("objective=cpo has the likelihood term: objective.bc_weight", (0, 0.0)),
-    "dpo_label_smoothing": To("objective.label_smoothing", number, objectives=("dpo",)),
+    "dpo_label_smoothing": To("objective.label_smoothing", finite_number, objectives=("dpo",)),
     "precompute_ref_log_probs": Same("the reference's scores are kept where that saves work"),
     "reward_model": Same("see objective"),
     "process_reward_model": Only("rewards are for whole answers here", (False,)),
@@ -96,11 +96,11 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "fsdp": Only(MANY, ([], "")),
     "use_tensorboard": Only("set log.trackers=[tensorboard]"),
     "trl.use_vllm": Same("answers are sampled by the model that trains, with continuous batching"),
-    "trl.max_completion_length": To("objective.max_new_tokens", whole, objectives=("grpo",)),
-    "trl.temperature": To("objective.temperature", number, objectives=("grpo",)),
-    "trl.num_iterations": To("objective.epochs", whole, objectives=("grpo",)),
-    "trl.epsilon": To("objective.clip", number, objectives=("grpo",)),
-    "trl.epsilon_high": To("objective.clip_high", number, objectives=("grpo",)),
+    "trl.max_completion_length": To("objective.max_new_tokens", whole_number, objectives=("grpo",)),
+    "trl.temperature": To("objective.temperature", finite_number, objectives=("grpo",)),
+    "trl.num_iterations": To("objective.epochs", whole_number, objectives=("grpo",)),
+    "trl.epsilon": To("objective.clip", finite_number, objectives=("grpo",)),
+    "trl.epsilon_high": To("objective.clip_high", finite_number, objectives=("grpo",)),
     "trl.scale_rewards": Only("objective.scale is group, batch or none", (True, "group")),
     "trl.loss_type": To("objective.loss_type", text, objectives=("grpo",)),
     "trl.reward_funcs": Only("write the reward here: objective.reward={...} (`llmrecipe list reward`)", ()),
@@ -174,7 +174,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
 """Keys that need no other key to be understood."""
 
 
-def migrate(account: Account, command: str | None) -> str:
+def read_axolotl(account: Account, command: str | None) -> str:
     """Enter every key of a file; return the objective."""
     objective = _objective(account)
     account.choices["stack"] = _stack(account)
@@ -183,10 +183,10 @@ def migrate(account: Account, command: str | None) -> str:
         account.leave("batch_size", "rows of a step are micro_batch_size x gradient_accumulation_steps: check batch.size")
     account.same("eval_batch_size", "evaluation does not depend on its batch size here")
     if objective == "grpo":
-        sampled(account, "trl.num_generations", 8)
+        carry_sampling(account, "trl.num_generations", 8)
     optimizer(account, "optimizer", "adamw_torch_fused")
     adapters_decay(account)
-    account.carry("learning_rate", "optim.lr", account.read("learning_rate", number))
+    account.carry("learning_rate", "optim.lr", account.read("learning_rate", finite_number))
     _schedule(account)
     precision(account)
     checkpointing = account.raw("gradient_checkpointing")
@@ -202,18 +202,18 @@ def migrate(account: Account, command: str | None) -> str:
     if any(account.raw(key) for key in ("wandb_project", "use_wandb")):
         account.settings["log.trackers"] = ["wandb"]
         account.explain("use_wandb", "log.trackers")
-    share = account.read("val_set_size", number, 0.0)
+    share = account.read("val_set_size", finite_number, 0.0)
     if 0 < share < 1:
         account.carry("val_set_size", "data.validation", share, "drawn by a hash of the row: other rows than there")
     elif share >= 1:
         account.leave("val_set_size", "a number of rows; set a share, data.validation=0.05, or a file")
-    read_data(account, objective)
+    read_datasets(account, objective)
     account.apply(RULES, objective)
     return objective
 
 
 def _per_epoch(account: Account, key: str, path: str) -> None:
-    if account.read(key, number):
+    if account.read(key, finite_number):
         account.leave(key, f"steps are counted here, and the rows decide how many an epoch has: set {path}=STEPS")
     else:
         account.same(key, "not during training")
@@ -234,8 +234,9 @@ def _objective(account: Account) -> str:
         account.chosen("reward_model", "objective", "reward")
         return "reward"
     plain = account.raw("pretraining_dataset") is not None or account.raw("datasets[0].type") in ("completion", "pretrain")
-    account.choices["objective"] = "clm" if plain else "sft"
-    return account.choices["objective"]  # type: ignore[no-any-return]
+    objective = "clm" if plain else "sft"
+    account.choices["objective"] = objective
+    return objective
 
 
 def _preference(account: Account, objective: str) -> None:
@@ -246,7 +247,7 @@ def _preference(account: Account, objective: str) -> None:
     if used is None:
         account.assume(key, path, default)
     else:
-        account.carry(used, path, account.read(used, number))
+        account.carry(used, path, account.read(used, finite_number))
     names = account.raw("dpo_loss_type")
     if names is not None:
         name = names[0] if isinstance(names, list) and len(names) == 1 else names

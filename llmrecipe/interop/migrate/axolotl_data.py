@@ -29,7 +29,7 @@ NOTHING = ("roles", "message_field_role", "message_field_content", "message_prop
 """Keys of a data set that say how messages are written, which is detected here."""
 
 
-def read_data(account: Account, objective: str) -> None:
+def read_datasets(account: Account, objective: str) -> None:
     """Enter the data sets, and how their rows become tokens."""
     group = "pretraining_dataset" if account.raw("pretraining_dataset") is not None else "datasets"
     given = account.raw(group)

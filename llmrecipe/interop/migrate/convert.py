@@ -24,32 +24,36 @@ class Tool:
         title: its name.
         model: key that names the model, which every file of it has.
         rules: its table.
-        migrate: enters every key of a file; returns the objective.
+        read: enters every key of a file; returns the objective.
         own: keys that further files of this kind have, by which it is recognised.
     """
 
     title: str
     model: str
     rules: Mapping[str, Rule]
-    migrate: Callable[[Account, str | None], str]
+    read: Callable[[Account, str | None], str]
     own: tuple[str, ...]
 
 
 TOOLS = {
-    "axolotl": Tool("axolotl", "base_model", axolotl.RULES, axolotl.migrate, ("base_model",)),
+    "axolotl": Tool("axolotl", "base_model", axolotl.RULES, axolotl.read_axolotl, ("base_model",)),
     "llama_factory": Tool(
         "LLaMA-Factory",
         "model_name_or_path",
         llama_factory.RULES,
-        llama_factory.migrate,
+        llama_factory.read_llama_factory,
         ("stage", "finetuning_type", "template", "cutoff_len", "dataset", "dataset_dir"),
     ),
-    "torchtune": Tool("torchtune", "checkpointer", torchtune.RULES, torchtune.migrate, ("checkpointer", "model")),
+    "torchtune": Tool("torchtune", "checkpointer", torchtune.RULES, torchtune.read_torchtune, ("checkpointer", "model")),
     "trl": Tool(
-        "TRL", "model_name_or_path", trl_cli.RULES, trl_cli.migrate, ("dataset_name", "use_peft", "max_length", "datasets")
+        "TRL", "model_name_or_path", trl_cli.RULES, trl_cli.read_trl, ("dataset_name", "use_peft", "max_length", "datasets")
     ),
 }
 """Name behind --from -> tool."""
+
+
+STAND_IN = "objective.reward"
+"""Key of a recipe whose value is never that of the file, where there is one."""
 
 
 @dataclass
@@ -94,7 +98,7 @@ def migrate_file(path: Path, tool: str | None = None, trainer: str | None = None
     if source.value.get(chosen.model) is None:
         raise RecipeError(f"{source.where()}: a training file of {chosen.title} has the key {chosen.model}; this one has none")
     account = Account(chosen.title, source, processes)
-    chosen.migrate(account, trainer)
+    chosen.read(account, trainer)
     for key, where in (("model.path", "the model"), ("optim.lr", "the learning rate")):
         if key in account.settings and account.settings[key] is None:
             raise RecipeError(f"{source.where()}: the file does not say {where}")
@@ -158,7 +162,7 @@ def recognised(source: YamlFile) -> str:
     return max(scores, key=lambda name: scores[name])
 
 
-def recipe_text(found: Migration, word: str) -> str:
+def migrated_text(found: Migration, word: str) -> str:
     """Return the recipe as YAML, with what is left to do in its comment.
 
     Args:
@@ -171,6 +175,8 @@ def recipe_text(found: Migration, word: str) -> str:
         if entries:
             lines.append(f"# {FATES[entries[0].fate]}:")
             lines += [f"#   {_line(entry.key)}: {_line(entry.note)}" for entry in entries]
+    if STAND_IN in found.settings:
+        lines.append(f"# {STAND_IN} is a stand-in: write what is good for you (`llmrecipe list reward`).")
     lines += ["defaults:", "  - /base"]
     for group in ("objective", "stack", "optim", "schedule"):
         if group in found.choices:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmrecipe.interop.migrate.account import Account
-from llmrecipe.interop.migrate.values import flag, number, whole, words
+from llmrecipe.interop.migrate.values import finite_number, flag, whole_number, words
 
 OPTIMIZERS = {
     **dict.fromkeys(("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused"), "adamw"),
@@ -44,11 +44,11 @@ EVERY_LINEAR = "attn.q|k|v|o + mlp.gate|up|down"
 BETAS = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 
 
-def target_of(names: list[str]) -> tuple[str, list[str]]:
+def known_targets(names: list[str]) -> tuple[str, list[str]]:
     """Return the target that covers layers named as in a checkpoint, and the names it does not cover.
 
     Examples:
-        >>> target_of(["v_proj", "q_proj", "up_proj", "experts.w1"])
+        >>> known_targets(["v_proj", "q_proj", "up_proj", "experts.w1"])
         ('attn.q|v + mlp.up', ['experts.w1'])
     """
     parts: dict[str, list[str]] = {}
@@ -61,8 +61,8 @@ def target_of(names: list[str]) -> tuple[str, list[str]]:
 
 def batch(account: Account, micro: str, accumulation: str, default: int = 1) -> None:
     """Set `batch.size` to rows a device times accumulated batches times devices, and `batch.micro`."""
-    rows = account.read(micro, whole, default)
-    steps = account.read(accumulation, whole, 1)
+    rows = account.read(micro, whole_number, default)
+    steps = account.read(accumulation, whole_number, 1)
     size = rows * steps * account.processes
     devices = f" x {account.processes} devices" if account.processes > 1 else ""
     note = f"{rows} rows x {steps} accumulated batches{devices}; with more devices name them: --processes N"
@@ -91,7 +91,7 @@ def optimizer(account: Account, key: str, default: str, decay: str = "weight_dec
         del account.settings["optim"]
     else:
         account.chosen(key, "optim", ours, "the state has 8 bits in blocks of 256" if ours == "adamw_8bit" else "")
-    value = account.read(decay, number, decay_default)
+    value = account.read(decay, finite_number, decay_default)
     if account.raw(decay) is None:
         account.assume(decay, "optim.weight_decay", value)
     else:
@@ -101,7 +101,7 @@ def optimizer(account: Account, key: str, default: str, decay: str = "weight_dec
             if account.raw(one) is None:
                 continue
             if ours in BETAS or (ours == "muon" and path != "eps"):
-                account.carry(one, f"optim.{path}", account.read(one, number))
+                account.carry(one, f"optim.{path}", account.read(one, finite_number))
             else:
                 account.leave(one, f"{ours} has no {path} of that meaning; `llmrecipe show {ours}` lists its options")
 
@@ -116,11 +116,11 @@ def adapters_decay(account: Account) -> None:
 
 def warmup(account: Account, steps: str | None, ratio: str | None, default: float = 0) -> float | int:
     """Return the warm-up, in steps or as a share of the run, and enter its keys; steps take precedence."""
-    given = account.read(steps, number) if steps else None
-    share = account.read(ratio, number) if ratio else None
+    given = account.read(steps, finite_number) if steps else None
+    share = account.read(ratio, finite_number) if ratio else None
     value: float | int = default
     if given:
-        value = given if given < 1 else whole(given)
+        value = given if given < 1 else whole_number(given)
     elif share:
         value = share
     used = steps if given else ratio if share else None
@@ -155,9 +155,9 @@ def schedule(account: Account, key: str, default: str, warm: float | int, kwargs
         account.explain(key, "this schedule has no warm-up there, whatever the warm-up keys say")
     if warm or ours == "inverse_sqrt":
         account.settings["schedule.warmup"] = warm
-    if (low := account.read(f"{kwargs}.min_lr_rate", number)) is not None and ours in ("cosine", "linear", "wsd"):
+    if (low := account.read(f"{kwargs}.min_lr_rate", finite_number)) is not None and ours in ("cosine", "linear", "wsd"):
         account.carry(f"{kwargs}.min_lr_rate", "schedule.min_ratio", low)
-    if (decay := account.read(f"{kwargs}.num_decay_steps", whole)) is not None and ours == "wsd":
+    if (decay := account.read(f"{kwargs}.num_decay_steps", whole_number)) is not None and ours == "wsd":
         account.carry(f"{kwargs}.num_decay_steps", "schedule.decay", decay)
         account.assume(f"{kwargs}.decay_type", "schedule.shape", "cosine", "the decay falls as half a cosine there")
 
@@ -194,12 +194,12 @@ def reports(account: Account, key: str = "report_to") -> None:
 
 def stop_after(account: Account, steps: str, epochs: str, default: float | None) -> None:
     """Set the length of the run: steps take precedence over epochs in both tools."""
-    count = account.read(steps, whole)
+    count = account.read(steps, whole_number)
     if count is not None and count > 0:
         account.carry(steps, "steps", count)
     elif count is not None:
         account.same(steps, "not limited")
-    passes = account.read(epochs, number)
+    passes = account.read(epochs, finite_number)
     if passes is not None:
         account.carry(epochs, "epochs", passes, "steps take precedence" if count and count > 0 else "")
     elif default is not None and not (count and count > 0):
@@ -210,7 +210,7 @@ def every(account: Account, kind: str, path: str, default: int | None) -> None:
     """Set how often the model is saved or evaluated, from `KIND_strategy` and `KIND_steps`."""
     steps, strategy = f"{kind}_steps", f"{kind}_strategy"
     name = account.raw(strategy)
-    count = account.read(steps, number)
+    count = account.read(steps, finite_number)
     if name in ("no", False) and name is not None:
         account.same(strategy, "not during training: at its end alone")
         if count is not None:
@@ -240,7 +240,7 @@ def lora(account: Account, keys: dict[str, str], defaults: dict[str, Any], dora:
         The name of the method.
     """
     name = "dora" if dora else "lora"
-    readers: dict[str, Callable[[Any], Any]] = {"r": whole, "alpha": number, "dropout": number}
+    readers: dict[str, Callable[[Any], Any]] = {"r": whole_number, "alpha": finite_number, "dropout": finite_number}
     for option, reader in readers.items():
         value = account.read(keys[option], reader)
         if value is not None:
@@ -248,7 +248,7 @@ def lora(account: Account, keys: dict[str, str], defaults: dict[str, Any], dora:
         elif option in defaults:
             account.assume(keys[option], f"stack.{name}.{option}", defaults[option])
     names = [] if every_linear else account.read(keys["target"], words, [])
-    target, lost = target_of(names)
+    target, lost = known_targets(names)
     path = f"stack.{name}.target"
     if every_linear or names in (["all-linear"], ["all"]):
         account.settings[path] = EVERY_LINEAR
@@ -263,13 +263,13 @@ def lora(account: Account, keys: dict[str, str], defaults: dict[str, Any], dora:
     return name
 
 
-def sampled(account: Account, answers_key: str, answers: int) -> None:
+def carry_sampling(account: Account, answers_key: str, answers: int) -> None:
     """Set what GRPO and RLOO need: a reward, and rows of a step that are prompts here and answers there."""
     reward = {"length": {"most": 40, "unit": "words"}}
     account.assume(
         "reward_funcs", "objective.reward", reward, "a stand-in: write what is good for you (`llmrecipe list reward`)"
     )
-    count = account.read(answers_key, whole, answers)
+    count = account.read(answers_key, whole_number, answers)
     if account.raw(answers_key) is None:
         account.assume(answers_key, "objective.answers", answers)
     else:

@@ -11,7 +11,7 @@ from llmrecipe.interop.migrate import trainer
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
 from llmrecipe.interop.migrate.counterparts import EVERY_LINEAR, lora
 from llmrecipe.interop.migrate.trainer import rows_of
-from llmrecipe.interop.migrate.values import flag, number, text, whole, words
+from llmrecipe.interop.migrate.values import finite_number, flag, text, whole_number, words
 
 STAGES = {"sft": "sft", "pt": "clm", "dpo": "dpo", "kto": "kto", "rm": "reward", "ppo": "ppo"}
 PREFERENCES = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
@@ -27,9 +27,9 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "model_revision": To("model.revision", text),
     "adapter_name_or_path": Only("mount it: model.adapters={FOLDER: 1.0}", ()),
     "adapter_folder": Only("mount it: model.adapters={FOLDER: 1.0}", ()),
-    "cutoff_len": To("data.max_length", whole, 2048),
-    "max_samples": To("data.limit", whole, note="drawn with the seed; there the first rows of each set"),
-    "val_size": To("data.validation", number, note="drawn by a hash of the row: other rows than there"),
+    "cutoff_len": To("data.max_length", whole_number, 2048),
+    "max_samples": To("data.limit", whole_number, note="drawn with the seed; there the first rows of each set"),
+    "val_size": To("data.validation", finite_number, note="drawn by a hash of the row: other rows than there"),
     "streaming": To("data.streaming", flag),
     "default_system": To("data.system", text),
     "neat_packing": Same("packed rows never see each other here"),
@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "rope_scaling": Only("set model.config={rope_scaling: {...}} as the model's own configuration writes it", ()),
     "train_from_scratch": Only("set model.init=random", (False,)),
     "use_dft_loss": Same("see objective.loss_type"),
-    "loraplus_lr_ratio": To("stack.lora.lr_ratio", number),
+    "loraplus_lr_ratio": To("stack.lora.lr_ratio", finite_number),
     "loraplus_lr_embedding": Same("embeddings have no branch in a LoRA of linear layers"),
     "pissa_convert": Same("the export to PEFT converts it"),
     "create_new_adapter": Same("a recipe always trains a new adapter above what it loads"),
@@ -62,12 +62,12 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "reward_model": Only("name it as the reward: objective.reward={model: {path: RUN}}", ()),
     "pref_bco_weight": Only("there is no BCO term here", (0.0, 0)),
     "ld_alpha": Only("no length desensitization here; objective.length_norm=true divides by the length", ()),
-    "kto_chosen_weight": To("objective.desirable_weight", number, objectives=("kto",)),
-    "kto_rejected_weight": To("objective.undesirable_weight", number, objectives=("kto",)),
-    "simpo_gamma": To("objective.gamma", number, 0.5, objectives=("simpo",)),
-    "dpo_label_smoothing": To("objective.label_smoothing", number, objectives=("dpo",)),
-    "pref_ftx": To("objective.nll_coef", number, note="a mean over tokens here, over pairs there", objectives=("dpo",)),
-    "early_stopping_steps": To("eval.patience", whole),
+    "kto_chosen_weight": To("objective.desirable_weight", finite_number, objectives=("kto",)),
+    "kto_rejected_weight": To("objective.undesirable_weight", finite_number, objectives=("kto",)),
+    "simpo_gamma": To("objective.gamma", finite_number, 0.5, objectives=("simpo",)),
+    "dpo_label_smoothing": To("objective.label_smoothing", finite_number, objectives=("dpo",)),
+    "pref_ftx": To("objective.nll_coef", finite_number, note="a mean over tokens here, over pairs there", objectives=("dpo",)),
+    "early_stopping_steps": To("eval.patience", whole_number),
     "compute_accuracy": Same("accuracy of the next token is always measured"),
     "disable_shuffling": Only("rows are shuffled in every epoch", (False,)),
     "plot_loss": Same("llmrecipe report RUN"),
@@ -75,7 +75,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "interleave_probs": Only("weights of the sources: data.path={PATH: WEIGHT}", ()),
     "overwrite_cache": Same("the cache of tokens is keyed by content"),
     "tokenized_path": Same("the cache of tokens is keyed by content"),
-    "preprocessing_num_workers": To("data.workers", whole),
+    "preprocessing_num_workers": To("data.workers", whole_number),
     "eval_on_each_dataset": Only("one validation set a run", (False,)),
     "tool_format": Only("tools are rendered by the chat template", ()),
     "enable_thinking": Only("thoughts are rendered as the chat template does", (True,)),
@@ -120,7 +120,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
 """Keys that need no other key to be understood."""
 
 
-def migrate(account: Account, command: str | None) -> str:
+def read_llama_factory(account: Account, command: str | None) -> str:
     """Enter every key of a file; return the objective."""
     objective = _objective(account)
     stack = _quantized(account)
@@ -183,7 +183,7 @@ def _objective(account: Account) -> str:
         if account.raw("pref_beta") is None:
             account.assume("pref_beta", path, 0.1)
         else:
-            account.carry("pref_beta", path, account.read("pref_beta", number))
+            account.carry("pref_beta", path, account.read("pref_beta", finite_number))
     elif account.raw("pref_beta") is not None:
         account.same("pref_beta", f"unused there: stage is {stage}")
     if objective in ("ppo", "grpo"):
@@ -195,7 +195,7 @@ def _objective(account: Account) -> str:
 
 
 def _quantized(account: Account) -> list[str]:
-    bits = account.read("quantization_bit", whole)
+    bits = account.read("quantization_bit", whole_number)
     if bits == 4:
         account.settings["stack.nf4.double"] = account.read("double_quantization", flag, True)
         account.settings["stack.nf4.type"] = account.read("quantization_type", text, "nf4")
@@ -212,7 +212,7 @@ def _quantized(account: Account) -> list[str]:
 def _lora(account: Account, stack: list[str]) -> None:
     dora = account.read("use_dora", flag, False)
     keys = {"r": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "target": "lora_target"}
-    rank = account.read("lora_rank", whole, 8)
+    rank = account.read("lora_rank", whole_number, 8)
     name = lora(account, keys, {"r": 8, "alpha": 2.0 * rank}, dora, account.raw("lora_target") in (None, "all"))
     stack.append(name)
     account.explain("finetuning_type", f"stack: {name}")
@@ -225,7 +225,7 @@ def _lora(account: Account, stack: list[str]) -> None:
         elif key == "use_rslora":
             account.carry(key, "stack.lora.use_rslora", True)
         else:
-            turns = account.read("pissa_iter", whole, 16)
+            turns = account.read("pissa_iter", whole_number, 16)
             account.carry(key, "stack.lora.init", f"pissa_niter_{turns}" if turns > 0 else "pissa")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.counterparts import batch, lora, target_of
+from llmrecipe.interop.migrate.counterparts import batch, known_targets, lora
 from llmrecipe.interop.migrate.trainer import LOADING, LOGS, MANY, rows_of
-from llmrecipe.interop.migrate.values import flag, number, options, text, whole, words
+from llmrecipe.interop.migrate.values import finite_number, flag, plain_mapping, text, whole_number, words
 
 LOSSES = {
     "DPOLoss": "dpo",
@@ -36,31 +36,31 @@ RULES: dict[str, Rule] = {
     "tokenizer.max_seq_len": Same("see data.max_length"),
     "tokenizer.prompt_template": Only("set tokenizer.chat_template (`llmrecipe list chat_template`)", ()),
     "tokenizer": Same("the tokenizer of the model folder"),
-    "seed": To("seed", whole),
+    "seed": To("seed", whole_number),
     "shuffle": Only("rows are shuffled in every epoch", (True,)),
-    "epochs": To("epochs", number),
+    "epochs": To("epochs", finite_number),
     "max_steps_per_epoch": Only("set steps: this number times the epochs", ()),
-    "clip_grad_norm": To("optim.clip", number),
+    "clip_grad_norm": To("optim.clip", finite_number),
     "compile": To("model.compile", flag),
-    "log_every_n_steps": To("log.every", whole),
+    "log_every_n_steps": To("log.every", whole_number),
     "device": Only("set runtime.device", ("cuda",)),
     "enable_activation_checkpointing": To("model.gradient_checkpointing", flag),
     "enable_activation_offloading": Only("set model.gradient_checkpointing=true, or a smaller batch.micro", (False,)),
     "optimizer.fused": Same("the fused kernel is used"),
-    "optimizer.lr": To("optim.lr", number),
-    "optimizer.weight_decay": To("optim.weight_decay", number),
-    "optimizer.eps": To("optim.eps", number),
+    "optimizer.lr": To("optim.lr", finite_number),
+    "optimizer.weight_decay": To("optim.weight_decay", finite_number),
+    "optimizer.eps": To("optim.eps", finite_number),
     "optimizer": Only("set the option under optim (`llmrecipe show adamw`)", ()),
     "optimizer_in_bwd": Only("gradients of all weights are held until the step; smt, freeze or lora hold fewer", (False,)),
-    "loss.beta": To("objective.beta", number, objectives=("dpo",)),
-    "loss.label_smoothing": To("objective.label_smoothing", number, objectives=("dpo",)),
+    "loss.beta": To("objective.beta", finite_number, objectives=("dpo",)),
+    "loss.label_smoothing": To("objective.label_smoothing", finite_number, objectives=("dpo",)),
     "loss.ignore_index": Same("what is trained is a mask, no id"),
     "loss.num_output_chunks": Same("logits are computed in chunks"),
     "loss": Only("options of the objective: `llmrecipe show NAME`", ()),
     "lr_scheduler": Only("options of the schedule: `llmrecipe show cosine`", (0.5,)),
     "dataset": Only("see data: `llmrecipe docs data`", (False,)),
     "dataset_val": Only("set data.validation to a file, or a share such as 0.05", ()),
-    "run_val_every_n_steps": To("eval.every", whole),
+    "run_val_every_n_steps": To("eval.every", whole_number),
     "batch_size_val": Same("evaluation does not depend on its batch size here"),
     "resume_from_checkpoint": Only("a checkpoint of another tool cannot be continued; a run of this one: resume=RUN", (False,)),
     "save_adapter_weights_only": Same("a run keeps what was trained"),
@@ -90,7 +90,7 @@ RULES: dict[str, Rule] = {
 """Keys that need no other key to be understood; a shorter key covers what stands below it."""
 
 
-def migrate(account: Account, command: str | None) -> str:
+def read_torchtune(account: Account, command: str | None) -> str:
     """Enter every key of a file; return the objective."""
     objective = _objective(account)
     account.choices |= {"objective": objective, "stack": _stack(account, objective)}
@@ -107,12 +107,12 @@ def migrate(account: Account, command: str | None) -> str:
     account.choices["optim"] = ours or "adamw"
     if account.raw("optimizer.weight_decay") is None:
         account.assume("optimizer.weight_decay", "optim.weight_decay", 0.01 if name in ("AdamW", "PagedAdamW") else 0.0)
-    elif account.choices["stack"] and account.read("optimizer.weight_decay", number):
+    elif account.choices["stack"] and account.read("optimizer.weight_decay", finite_number):
         account.assume("optimizer.weight_decay", "optim.decay_adapters", True, "decay there also pulls adapters to zero")
     betas = account.raw("optimizer.betas")
     if isinstance(betas, list) and len(betas) == 2:
-        account.carry("optimizer.betas", "optim.beta1", number(betas[0]))
-        account.settings["optim.beta2"] = number(betas[1])
+        account.carry("optimizer.betas", "optim.beta1", finite_number(betas[0]))
+        account.settings["optim.beta2"] = finite_number(betas[1])
     if account.raw("clip_grad_norm") is None:
         account.assume("clip_grad_norm", "optim.clip", 0.0, "gradients are not clipped there")
     _schedule(account)
@@ -171,7 +171,7 @@ def _stack(account: Account, objective: str) -> list[str]:
         account.explain("model.apply_lora_to_output", "in the target")
     else:
         account.same("model.apply_lora_to_output", "off")
-    account.settings[f"stack.{method}.target"] = target_of(names)[0] or "attn.q|v"
+    account.settings[f"stack.{method}.target"] = known_targets(names)[0] or "attn.q|v"
     return [*stack, method]
 
 
@@ -197,7 +197,10 @@ def _schedule(account: Account) -> None:
     if account.raw("lr_scheduler.num_warmup_steps") is not None:
         note = "update n of w rises to n / w here, to (n - 1) / w there: the first update is not at rate 0"
         account.carry(
-            "lr_scheduler.num_warmup_steps", "schedule.warmup", account.read("lr_scheduler.num_warmup_steps", whole), note
+            "lr_scheduler.num_warmup_steps",
+            "schedule.warmup",
+            account.read("lr_scheduler.num_warmup_steps", whole_number),
+            note,
         )
 
 
@@ -233,7 +236,7 @@ def _data(account: Account, objective: str) -> None:
         )
     if account.raw("dataset.column_map") is not None:
         names = {"input": "prompt", "output": "completion"} if kind == "prompt_completion" else {}
-        found = {names.get(key, key): value for key, value in account.read("dataset.column_map", options).items()}
+        found = {names.get(key, key): value for key, value in account.read("dataset.column_map", plain_mapping).items()}
         account.carry("dataset.column_map", "data.columns", found)
     if account.raw("dataset.packed") is not None:
         on = account.read("dataset.packed", flag)
@@ -253,7 +256,7 @@ def _data(account: Account, objective: str) -> None:
             account.assume("dataset.train_on_input", "objective.mask", "all" if on else "assistant")
         else:
             account.carry("dataset.train_on_input", "objective.mask", "all" if on else "assistant")
-    length = account.read("tokenizer.max_seq_len", whole)
+    length = account.read("tokenizer.max_seq_len", whole_number)
     if length is not None:
         account.carry("tokenizer.max_seq_len", "data.max_length", length, "longer rows are left out; there their end is cut")
     else:

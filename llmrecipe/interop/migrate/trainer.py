@@ -14,7 +14,7 @@ from llmrecipe.interop.migrate.counterparts import (
     stop_after,
     warmup,
 )
-from llmrecipe.interop.migrate.values import flag, number, whole
+from llmrecipe.interop.migrate.values import finite_number, flag, whole_number
 
 HUB = "push when you have looked at the result: llmrecipe push EXPORT --repo OWNER/NAME"
 MANY = "a recipe is free of launchers: llmrecipe launch recipe=... --nproc N, with runtime=zero1|zero2|zero3|fsdp"
@@ -28,13 +28,13 @@ def rows_of(names: str, rule: Rule) -> dict[str, Rule]:
 
 
 RULES: dict[str, Rule] = {
-    "max_grad_norm": To("optim.clip", number, 1.0),
-    "seed": To("seed", whole, 42, "the same number draws other rows and weights here"),
-    "logging_steps": To("log.every", whole),
-    "save_total_limit": To("save.keep", whole, note="the best checkpoint is kept in addition"),
+    "max_grad_norm": To("optim.clip", finite_number, 1.0),
+    "seed": To("seed", whole_number, 42, "the same number draws other rows and weights here"),
+    "logging_steps": To("log.every", whole_number),
+    "save_total_limit": To("save.keep", whole_number, note="the best checkpoint is kept in addition"),
     "load_best_model_at_end": To("eval.load_best", flag, False),
-    "label_smoothing_factor": To("objective.label_smoothing", number, objectives=("sft",)),
-    "neftune_noise_alpha": To("objective.neftune_alpha", number, objectives=("sft",)),
+    "label_smoothing_factor": To("objective.label_smoothing", finite_number, objectives=("sft",)),
+    "neftune_noise_alpha": To("objective.neftune_alpha", finite_number, objectives=("sft",)),
     "torch_compile": To("model.compile", flag),
     "metric_for_best_model": Only(
         "set eval.monitor: eval/loss is the default, `llmrecipe list metric` names others", ("loss", "eval_loss")),
@@ -79,7 +79,7 @@ RULES: dict[str, Rule] = {
         "has no counterpart and changes nothing that is learned")),
     **rows_of("tf32 torch_empty_cache_steps torch_compile_backend torch_compile_mode fp16_full_eval bf16_full_eval", Same(
         "left to torch; it changes the last digits at most")),
-    "weight_decay": To("optim.weight_decay", number),
+    "weight_decay": To("optim.weight_decay", finite_number),
 }  # fmt: skip
 """Keys that need no other key to be understood."""
 
@@ -98,7 +98,7 @@ def read_trainer(account: Account, rate: float, precision_default: str | None, c
     if account.raw("learning_rate") is None:
         account.assume("learning_rate", "optim.lr", rate)
     else:
-        account.carry("learning_rate", "optim.lr", account.read("learning_rate", number))
+        account.carry("learning_rate", "optim.lr", account.read("learning_rate", finite_number))
     schedule(account, "lr_scheduler_type", "linear", warmup(account, "warmup_steps", "warmup_ratio"))
     precision(account, precision_default)
     reports(account)
@@ -111,7 +111,7 @@ def read_trainer(account: Account, rate: float, precision_default: str | None, c
         account.assume("gradient_checkpointing", "model.gradient_checkpointing", True)
 
 
-def quantized(account: Account, double_default: bool) -> list[str]:
+def carry_quantization(account: Account, double_default: bool) -> list[str]:
     """Return the quantization of the base, and enter its keys as TRL and axolotl name them."""
     four = account.read("load_in_4bit", flag, False)
     eight = account.read("load_in_8bit", flag, False)

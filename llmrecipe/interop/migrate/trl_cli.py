@@ -5,9 +5,9 @@ from __future__ import annotations
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.interop.migrate import trainer
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.counterparts import lora, sampled
+from llmrecipe.interop.migrate.counterparts import carry_sampling, lora
 from llmrecipe.interop.migrate.trainer import rows_of
-from llmrecipe.interop.migrate.values import flag, number, text, whole
+from llmrecipe.interop.migrate.values import finite_number, flag, text, whole_number
 
 OBJECTIVES = {"sft": "sft", "dpo": "dpo", "kto": "kto", "reward": "reward", "grpo": "grpo", "rloo": "rloo"}
 """Command of TRL -> objective."""
@@ -33,7 +33,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "model_revision": To("model.revision", text),
     "dtype": Same("weights that do not train are in model.dtype, trained ones in float32"),
     "attn_implementation": Same("the same attention, by the fastest backend there is; model.attention names one"),
-    "max_length": To("data.max_length", whole, 1024),
+    "max_length": To("data.max_length", whole_number, 1024),
     "truncation_mode": Only("set data.truncation (`llmrecipe list truncation`)", ("keep_start",)),
     "packing_strategy": Same("rows are laid end to end and never see each other"),
     "eval_packing": Same("packing does not change a row's loss here"),
@@ -58,22 +58,22 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "ignore_bias_buffers": Same("not needed"),
     "disable_dropout": Only("preference objectives have no dropout here, sft has the model's own", (True,)),
     "precompute_ref_log_probs": Same("the reference's scores are kept where that saves work"),
-    "label_smoothing": To("objective.label_smoothing", number, objectives=DPO),
+    "label_smoothing": To("objective.label_smoothing", finite_number, objectives=DPO),
     "use_weighting": Only("no WPO weights here", (False,)),
     "f_divergence_type": Only("the divergence is the reverse KL", ("reverse_kl",)),
     "ld_alpha": Only("no length desensitization here; objective.length_norm=true divides by the length", ()),
     "loss_weights": Only("one loss a run; objective.nll_coef adds the likelihood of the chosen answer", ()),
     "discopop_tau": Only("there is no discopop loss here", (0.05,)),
     **rows_of("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", REFERENCE),
-    "desirable_weight": To("objective.desirable_weight", number, objectives=("kto",)),
-    "undesirable_weight": To("objective.undesirable_weight", number, objectives=("kto",)),
-    "center_rewards_coefficient": To("objective.center", number, objectives=("reward",)),
+    "desirable_weight": To("objective.desirable_weight", finite_number, objectives=("kto",)),
+    "undesirable_weight": To("objective.undesirable_weight", finite_number, objectives=("kto",)),
+    "center_rewards_coefficient": To("objective.center", finite_number, objectives=("reward",)),
     "num_generations": Same("the same objective has no answers to sample"),
-    "max_completion_length": To("objective.max_new_tokens", whole, 512, objectives=RL),
-    "temperature": To("objective.temperature", number, objectives=RL),
-    "num_iterations": To("objective.epochs", whole, objectives=RL),
-    "epsilon": To("objective.clip", number, objectives=("grpo",)),
-    "epsilon_high": To("objective.clip_high", number, objectives=("grpo",)),
+    "max_completion_length": To("objective.max_new_tokens", whole_number, 512, objectives=RL),
+    "temperature": To("objective.temperature", finite_number, objectives=RL),
+    "num_iterations": To("objective.epochs", whole_number, objectives=RL),
+    "epsilon": To("objective.clip", finite_number, objectives=("grpo",)),
+    "epsilon_high": To("objective.clip_high", finite_number, objectives=("grpo",)),
     "reward_funcs": Only("write the reward here: objective.reward={...} (`llmrecipe list reward`)", ()),
     "reward_weights": Only("each reward has its weight: objective.reward={NAME: {weight: 1.0}}", ()),
     "scale_rewards": Only("objective.scale is group, batch or none", ("group", True)),
@@ -90,7 +90,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
 }  # fmt: skip
 
 
-def migrate(account: Account, command: str | None) -> str:
+def read_trl(account: Account, command: str | None) -> str:
     """Enter every key of a file; return the objective.
 
     Raises:
@@ -98,7 +98,7 @@ def migrate(account: Account, command: str | None) -> str:
     """
     command = command or _command(account)
     objective = OBJECTIVES[command]
-    stack = trainer.quantized(account, account.read("use_bnb_nested_quant", flag, False))
+    stack = trainer.carry_quantization(account, account.read("use_bnb_nested_quant", flag, False))
     account.choices["stack"] = stack
     if account.read("use_peft", flag, False):
         _adapter(account, stack)
@@ -175,8 +175,7 @@ def _objective(account: Account, objective: str) -> str:
         return _dpo(account)
     elif objective in ("kto", "grpo", "rloo"):
         beta = {"kto": 0.1, "grpo": 0.0, "rloo": 0.05}[objective]
-        path = "objective.kl_coef" if objective == "rloo" else "objective.beta"
-        _or(account, "beta", path, beta)
+        _or(account, "beta", "objective.beta", beta)
         _sampled(account, objective)
     if account.raw("loss_type") is not None and "loss_type" not in account.claimed:
         account.leave("loss_type", f"objective.loss_type of {objective}: `llmrecipe show {objective}` lists them")
@@ -187,7 +186,7 @@ def _or(account: Account, key: str, path: str, default: float) -> None:
     if account.raw(key) is None:
         account.assume(key, path, default)
     else:
-        account.carry(key, path, account.read(key, number))
+        account.carry(key, path, account.read(key, finite_number))
 
 
 def _packing(account: Account) -> None:
@@ -215,7 +214,7 @@ def _dpo(account: Account) -> str:
 def _sampled(account: Account, objective: str) -> None:
     if objective == "kto":
         return
-    sampled(account, "num_generations", 8 if objective == "grpo" else 2)
+    carry_sampling(account, "num_generations", 8 if objective == "grpo" else 2)
     loss = account.read("loss_type", text, "dapo")
     if objective == "grpo" and loss in ("dapo", "grpo", "dr_grpo"):
         if account.raw("loss_type") is None:

@@ -20,7 +20,7 @@ def flag(value: object) -> bool:
     raise ValueError("true or false")
 
 
-def number(value: object) -> float:
+def finite_number(value: object) -> float:
     """Return a finite number."""
     try:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -33,9 +33,9 @@ def number(value: object) -> float:
         raise ValueError("a finite number") from None
 
 
-def whole(value: object) -> int:
+def whole_number(value: object) -> int:
     """Return a whole number."""
-    read = number(value)
+    read = finite_number(value)
     if read != int(read):
         raise ValueError("a whole number")
     return int(read)
@@ -56,7 +56,7 @@ def words(value: object) -> list[str]:
     return [text(part).strip() for part in parts if str(part).strip()]
 
 
-def options(value: object) -> dict[str, str]:
+def plain_mapping(value: object) -> dict[str, str]:
     """Return a mapping of plain values."""
     if not isinstance(value, dict) or any(isinstance(inner, dict | list) for inner in value.values()):
         raise ValueError("a mapping of names to values")
