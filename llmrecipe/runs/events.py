@@ -269,15 +269,21 @@ def _finite(text: str) -> float:
 
 
 def last_step(folder: Path) -> int | None:
-    """Return the step of a run's last step event, or None; only the end of the file is read."""
+    """Return the step of a run's last step event, or None; of the file only the end is read, as far back as that event."""
     try:
         with open(folder / FILE, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            lines = file.read().split(b"\n")
+            size = file.seek(0, os.SEEK_END)
+            length = min(TAIL, size)
+            while True:
+                file.seek(size - length)
+                lines = file.read(length).split(b"\n")
+                events = (event for line in reversed(lines) if (event := parse(line)) is not None)
+                found = next((int(event["step"]) for event in events if event["event"] == "step"), None)
+                if found is not None or length == size:
+                    return found
+                length = min(4 * length, size)
     except OSError:
         return None
-    events = (event for line in reversed(lines) if (event := parse(line)) is not None)
-    return next((int(event["step"]) for event in events if event["event"] == "step"), None)
 
 
 def truncate(path: Path, step: int, lines: int | None = None, always: Container[str] = ()) -> int:

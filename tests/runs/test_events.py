@@ -15,7 +15,7 @@ import torch
 from llmrecipe.core.console import number, sparkline
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.runs import tracker
-from llmrecipe.runs.events import Events, read_events
+from llmrecipe.runs.events import Events, last_step, read_events
 from llmrecipe.runs.progress_display import Lines, Panel, display
 
 
@@ -241,3 +241,17 @@ def test_a_tracker_that_is_absent_or_misspelt_is_a_clear_error(tmp_path, monkeyp
         Events(tmp_path, live="off", trackers=["wandb"])
     with pytest.raises(RecipeError, match="did you mean 'mlflow'"):
         tracker.check_trackers(["mlfow"])
+
+
+@pytest.mark.parametrize("samples", [0, 3, 400])
+def test_the_last_step_is_found_behind_any_number_of_long_samples(tmp_path, samples):
+    assert last_step(tmp_path) is None
+    events = Events(tmp_path, live="off")
+    events.sample(step=0, prompt="p", answer="a")
+    assert last_step(tmp_path) is None
+    for step in (1, 2):
+        events.step(step=step, loss=1.0)
+    for _ in range(samples):
+        events.sample(step=2, prompt="p", answer="a" * 1000)
+    events.close()
+    assert last_step(tmp_path) == 2
