@@ -21,8 +21,8 @@ from llmrecipe.objectives.examples import padded_texts
 from llmrecipe.recipe.compose import Composition, compose
 from llmrecipe.runtime.caller_state import kept_for_caller, one_training
 from llmrecipe.training.evaluate import evaluate
+from llmrecipe.training.final_folder import write_final
 from llmrecipe.training.run import Run
-from llmrecipe.training.save_run import write_final
 
 ADAPTER = {"lora": "lora", "prefix": "prefix_tuning"}
 """Kind of adapter a hypermodel writes -> the method that holds it."""

@@ -34,7 +34,7 @@ FILE = "events.jsonl"
 DAMAGED = "events.damaged"
 """File of the lines that a resumed run has set aside."""
 TAIL = 1 << 16
-"""Bytes from the end of the file that are searched for the last step."""
+"""Bytes at the end of the file that are searched for the last step first."""
 TEXTS = {"sample": ("prompt", "answer"), "save": ("path",), "warning": ("message",)}
 """Kind -> the texts that every event of it holds."""
 LARGEST = 2**63 - 1

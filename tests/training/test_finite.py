@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from llmrecipe.cli.app import run_command as command
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.runs.run_dir import RunDir
+from llmrecipe.training import final_folder
 from llmrecipe.training import run as run_module
-from llmrecipe.training import save_run
 from llmrecipe.training.finite_check import WINDOW, nonfinite_names, skip
 from llmrecipe.training.run import Run
 from llmrecipe.training.run_state import Progress
@@ -201,7 +201,9 @@ def test_a_run_that_skipped_one_step_is_done(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_weight_beyond_the_dtype_it_is_written_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(save_run.task_heads, "split", lambda state: ({**state, "model.norm.weight": torch.full((3,), 1e6)}, {}))
+    monkeypatch.setattr(
+        final_folder.task_heads, "split", lambda state: ({**state, "model.norm.weight": torch.full((3,), 1e6)}, {})
+    )
     with pytest.raises(RunError, match=r"model\.dtype: weights of model\.norm\.weight are beyond the range of float16"):
         train_recipe(tmp_path / "run", "sft", *ONE, "model.dtype=float16", "eval.load_best=false")
     assert state(tmp_path / "run")["status"] == "failed"
