@@ -35,22 +35,27 @@ def converted(row: dict[str, Any], rows: str = "choices") -> tuple[str, list[dic
 
 
 def test_p3() -> None:
+    """The right answer stands first; `right` is its place among the options as they were listed."""
     prompt = "Which section is it?\nRain again."
-    assert converted(P3) == ("p3", [{"prompt": prompt, "choices": [" Sports", " World", " Business"]}])
-    assert converted({k: v for k, v in P3.items() if k != "answer_choices"})[1] == [{"prompt": prompt, "choices": [" Sports"]}]
+    assert converted(P3) == ("p3", [{"prompt": prompt, "choices": [" Sports", " World", " Business"], "right": 1}])
+    alone = converted({k: v for k, v in P3.items() if k != "answer_choices"})[1]
+    assert alone == [{"prompt": prompt, "choices": [" Sports"], "right": 0}]
     assert converted(P3, "dialogue") == ("p3", [{"prompt": prompt, "completion": " Sports"}])
 
 
 def test_metaicl() -> None:
-    assert converted(METAICL) == ("choices", [{"prompt": "Rain again.", "choices": ["Sports", "World"]}])
-    assert converted({**METAICL, "options": []})[1] == [{"prompt": "Rain again.", "choices": ["Sports"]}]
+    assert converted(METAICL) == ("choices", [{"prompt": "Rain again.", "choices": ["Sports", "World"], "right": 1}])
+    assert converted({**METAICL, "options": []})[1] == [{"prompt": "Rain again.", "choices": ["Sports"], "right": 0}]
 
 
 def test_super_natural_instructions() -> None:
     start = "Definition: Name the opposite of a word. Use one.\n\nNow complete the following example -\nInput: "
     assert converted(INSTRUCTIONS) == (
         "natural_instructions",
-        [{"prompt": f"{start}high\nOutput:", "choices": [" low"]}, {"prompt": f"{start}wet\nOutput:", "choices": [" dry"]}],
+        [
+            {"prompt": f"{start}high\nOutput:", "choices": [" low"], "right": 0},
+            {"prompt": f"{start}wet\nOutput:", "choices": [" dry"], "right": 0},
+        ],
     )
     flat = {"task_name": "task1", "definition": "Name it.", "inputs": "wet", "targets": "dry"}
     name, (row,) = converted(flat, "dialogue")

@@ -24,6 +24,7 @@ from llmrecipe.pipelines.search.study import Search
 from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import Planned
+from llmrecipe.runs.events import plain
 
 SPACE = "{optim.lr: {low: 1e-5, high: 1e-1, log: true}, batch.size: [2, 4, 8]}"
 RECIPE = f"""
@@ -64,7 +65,8 @@ class Lab:
             raise RunError("loss nan")
         lines = []
         for step, more in ((0, 9.0), (2, 1.0), (4, 0.0)):
-            lines.append(json.dumps({"event": "evaluation", "step": step, "eval/loss": loss_of(planned) + more}) + "\n")
+            loss = plain(loss_of(planned) + more)  # what is not a number is null there
+            lines.append(json.dumps({"event": "evaluation", "step": step, "eval/loss": loss}) + "\n")
             (planned.dir / "events.jsonl").write_text("".join(lines), encoding="utf-8")
             if enough is not None and enough():
                 return Result(planned.name, "stopped", step, "", 0.0, str(planned.dir))
