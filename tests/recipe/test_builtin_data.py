@@ -39,7 +39,11 @@ def builtin_values(mapping: dict[str, Any]) -> list[str]:
     return found + [f"{key}: a rule" for key, value in leaves(mapping) if "rule" in key and value not in (None, False)]
 
 
-@pytest.mark.parametrize("name", all_recipes())
+LARGE = "survey_leaderboard"
+"""A pipeline of hundreds of stages, whose plan takes a minute."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == LARGE else n for n in all_recipes()])
 def test_no_packaged_recipe_keeps_built_in_data_beside_a_path_of_ones_own(name: str) -> None:
     composition = compose(name, [OWN])
     if not composition.recipe.stages:
