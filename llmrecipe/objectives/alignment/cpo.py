@@ -76,7 +76,6 @@ class Cpo(WithoutMargin, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
-    headline: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
     head: ClassVar[str] = "causal"
     dropout: ClassVar[bool] = False
 

@@ -103,7 +103,6 @@ class Dpo(WithoutMargin, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
-    headline: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("reference",)
     dropout: ClassVar[bool] = False

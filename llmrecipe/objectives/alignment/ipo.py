@@ -67,7 +67,6 @@ class Ipo(WithoutMargin, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "preference"
-    headline: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("reference",)
     dropout: ClassVar[bool] = False

@@ -86,7 +86,6 @@ class Ppo(Sampled, Objective):
         "each process samples answers of its own, of lengths of their own, while parameters are gathered by all at once"
     )
     rows: ClassVar[str] = "prompt"
-    headline: ClassVar[tuple[str, ...]] = ("objective/scores", "objective/kl", "response/length", "score", "kl")
     roles: ClassVar[tuple[str, ...]] = ("reference", "reward", "value")
     dropout: ClassVar[bool] = False
     samples: ClassVar[bool] = True

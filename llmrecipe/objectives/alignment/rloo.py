@@ -45,7 +45,6 @@ class Rloo(Sampled, Objective):
         "each process samples answers of its own, of lengths of their own, while parameters are gathered by all at once"
     )
     rows: ClassVar[str] = "prompt"
-    headline: ClassVar[tuple[str, ...]] = ("objective/scores", "objective/kl", "response/length", "score", "kl")
     roles: ClassVar[tuple[str, ...]] = ("reference", "reward")
     dropout: ClassVar[bool] = False
     samples: ClassVar[bool] = True

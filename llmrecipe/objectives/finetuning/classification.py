@@ -41,7 +41,6 @@ class Classification(PooledScores, LabelPrediction, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "labelled"
-    headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
     resampled: ClassVar[bool] = True
 
     @cached_property

@@ -27,7 +27,6 @@ class Distill(Distilled, Objective):
     """
 
     rows: ClassVar[str] = "dialogue"
-    headline: ClassVar[tuple[str, ...]] = ("agreement", "divergence")
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("teacher",)
 

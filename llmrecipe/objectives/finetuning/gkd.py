@@ -33,7 +33,6 @@ class Gkd(Distilled, Objective):
     """
 
     rows: ClassVar[str] = "dialogue"
-    headline: ClassVar[tuple[str, ...]] = ("agreement", "divergence")
     head: ClassVar[str] = "causal"
     roles: ClassVar[tuple[str, ...]] = ("teacher",)
     samples: ClassVar[bool] = True

@@ -38,7 +38,6 @@ class ImageClassification(LabelPrediction, Objective):
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     rows: ClassVar[str] = "labelled_images"
-    headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
     head: ClassVar[str] = "image"
     resampled: ClassVar[bool] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class PairScores:
 
 class WithoutMargin:
     """Mixin for an `Objective` on pairs that does not read their margins, which are a reward model's."""
+
+    headline: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
 
     def unread(self) -> tuple[str, ...]:
         """Return the column of the margins."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.objectives.alignment._engines.rollout import (
     HELD_OUT_METRICS,
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 class Sampled:
     """Mixin for an `Objective` whose rows are prompts; it defines its own options, `plan`, `advantages` and `loss`."""
+
+    headline: ClassVar[tuple[str, ...]] = ("objective/scores", "objective/kl", "response/length", "score", "kl")
 
     if TYPE_CHECKING:
         reward: dict[str, Any]

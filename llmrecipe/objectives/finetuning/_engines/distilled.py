@@ -46,6 +46,8 @@ class Distilled:
     The objective adds `divergence`, whose choices and default are its own, and `top_k`.
     """
 
+    headline: ClassVar[tuple[str, ...]] = ("agreement", "divergence")
+
     teacher: str = ""
     """Folder, hub name or run directory of the teacher, `tiny`, or the address of a server up to and without /completions."""
     teacher_model: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,8 @@ def expected_calibration_error(confidence: Tensor, right: Tensor) -> float:
 @options
 class LabelPrediction:
     """Mixin for an `Objective` that predicts labels; its batches hold them under `labels`, its engine gives `scores`."""
+
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
 
     problem: Literal["single_label", "multi_label"] = "single_label"
     """Kind of labels: one class, or several classes at once (numbers are for objective=regression)."""
