@@ -16,7 +16,6 @@ so that each event occurs once. A damaged line is set aside: readers skip it wit
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections import Counter
@@ -27,6 +26,7 @@ from typing import Any
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.redact import redact
 from llmrecipe.runs.durable import unfinished_path
+from llmrecipe.runs.json_lines import read_lines
 from llmrecipe.runs.progress_display import ALL, Display, display
 from llmrecipe.runs.tracker import OpenTracker, numbers_of, open_trackers
 
@@ -40,8 +40,6 @@ TEXTS = {"sample": ("prompt", "answer"), "save": ("path",), "warning": ("message
 LARGEST = 2**63 - 1
 """Largest whole number of an event."""
 KINDS = ("step", "evaluation", "sample", "save", "warning", "check", "memory")
-
-logger = logging.getLogger("llmrecipe")
 
 
 class Events:
@@ -220,15 +218,7 @@ def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise RunError(f"{path} has no {FILE}: not a run directory, or the run has not begun")
-    lines = file.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines, 1):
-        event = parse(line)
-        if event is None and line and number < len(lines):
-            logger.warning("%s:%d: this line is not an event; it is left out", file, number)
-        elif event is not None and (kind is None or event["event"] == kind):
-            found.append(event)
-    return found
+    return [event for event in read_lines(file, parse, "an event") if kind is None or event["event"] == kind]
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

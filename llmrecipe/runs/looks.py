@@ -7,15 +7,13 @@ their number belongs to the result.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.foreign import parse_json
-
-logger = logging.getLogger(__name__)
+from llmrecipe.runs.json_lines import read_lines
 
 FILE = "looks.jsonl"
 """File of a run with a line for each look."""
@@ -51,15 +49,13 @@ def read_looks(run: Path) -> list[dict[str, Any]]:
     file = run / FILE
     if not file.is_file():
         return []
-    lines = file.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            look = parse_json(line) if line.strip() else None
-        except ValueError:
-            look = ()
-        if isinstance(look, dict):
-            found.append(look)
-        elif look is not None and number < len(lines):
-            logger.warning("%s:%d: this line is not a look at the test split; it is left out", file, number)
-    return found
+    return list(read_lines(file, _parse, "a look at the test split"))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the look of a line; None where it is empty, cut or damaged."""
+    try:
+        look = parse_json(line) if line.strip() else None
+    except ValueError:
+        return None
+    return look if isinstance(look, dict) else None

@@ -35,10 +35,16 @@ class Record:
     samples: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
 
-    def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Return (step, value) of a metric of steps or evaluations; steps without a number are left out."""
-        events = (*self.steps, *self.evaluations)
-        return [(e["step"], float(e[metric])) for e in events if isinstance(e.get(metric), int | float)]
+    def curve(self, metric: str, null: float | None = None) -> list[tuple[int, float]]:
+        """Return (step, value) of a metric of steps or evaluations.
+
+        Args:
+            null: stands for a value that was no number; None leaves its step out.
+        """
+        values = [
+            (e["step"], null if e[metric] is None else e[metric]) for e in (*self.steps, *self.evaluations) if metric in e
+        ]
+        return [(step, float(value)) for step, value in values if isinstance(value, int | float)]
 
     def metrics(self) -> list[str]:
         """Return the names with a curve, in the order of their first appearance."""

@@ -270,9 +270,7 @@ class Search:
 
     def _curve(self, planned: Planned) -> list[tuple[int, float]]:
         """Return (step, value) of the monitored metric; NaN where it was no number, which a run writes as null."""
-        run, name = read_run(planned.dir), self.evaluation.monitor
-        events = [event for event in (*run.steps, *run.evaluations) if name in event]
-        return [(event["step"], math.nan if event[name] is None else float(event[name])) for event in events]
+        return read_run(planned.dir).curve(self.evaluation.monitor, null=math.nan)
 
     def _value(self, planned: Planned) -> float:
         values = [value for _, value in self._curve(planned)]
