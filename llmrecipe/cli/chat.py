@@ -43,16 +43,10 @@ def verb(
 
     Several runs (chat RUN_A RUN_B) put their adapters on one base in memory; `/use NAME` switches. Overrides go to all of them.
     """
-    from llmrecipe.cli.early_checks import subject
+    from llmrecipe.cli.early_checks import answerers
 
     more, overrides = runs_and_overrides(words)
-    shared = {path: overrides}
-    if more:
-        from llmrecipe.evaluation.open_several import REQUESTED, share
-
-        shared = share([path, *more], overrides, REQUESTED)
-    for one, own in shared.items():
-        subject(one, own)
+    answerers([path, *more], overrides)
     from llmrecipe.engine.sampling import Sampling
     from llmrecipe.evaluation.chat import Chat
 

@@ -206,6 +206,17 @@ def subject(path: str, overrides: list[str], split: str | None = None) -> Compos
     return composition
 
 
+def answerers(paths: list[str], overrides: list[str]) -> None:
+    """Check the runs or models that are to answer, several of one base together (see `subject`)."""
+    shared = {paths[0]: overrides}
+    if len(paths) > 1:
+        from llmrecipe.evaluation.open_several import REQUESTED, share
+
+        shared = share(paths, overrides, REQUESTED)
+    for path, own in shared.items():
+        subject(path, own)
+
+
 def finished(run: str) -> None:
     """Refuse a folder that is neither a finished run nor a PEFT adapter folder.
 

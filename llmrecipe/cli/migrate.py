@@ -36,7 +36,7 @@ def verb(
     as_json: Json = False,
 ) -> None:
     """Write another tool's configuration as a recipe, and say what became of each of its keys."""
-    from llmrecipe.cli.recipe_text import free_name
+    from llmrecipe.cli.recipe_file import free_name, recipe_word, write_recipe
     from llmrecipe.core.errors import RecipeError
     from llmrecipe.interop.migrate.convert import migrate_file, migrated_text
     from llmrecipe.recipe.compose import compose, load_entry_points
@@ -48,8 +48,8 @@ def verb(
         raise RecipeError(f"--out {path}: a recipe's name ends in .yaml")
     if path.exists():
         raise RecipeError(f"{path} exists already; choose another name: --out PATH")
-    word = path.stem if path.parent == Path("recipes") else str(path)
-    _write(path, migrated_text(found, word))
+    word = recipe_word(path)
+    write_recipe(path, migrated_text(found, word))
     try:
         compose(path)
     except RecipeError as error:
@@ -60,16 +60,6 @@ def verb(
         return
     _show(found)
     say(f"wrote {path}; next: llmrecipe check recipe={word}, then llmrecipe data recipe={word}")
-
-
-def _write(path: Path, text: str) -> None:
-    from llmrecipe.core.errors import RecipeError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _show(found: Migration) -> None:

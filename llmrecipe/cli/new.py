@@ -101,10 +101,11 @@ def _component(what: str, name: str, folder: Path) -> None:
 
 def _recipe(name: str, extends: str, objective: str | None, stack: str | None) -> None:
     """Write the skeleton of a recipe; it is taken back where it does not compose."""
-    from llmrecipe.cli.recipe_text import choice_lines
+    from llmrecipe.cli.recipe_file import recipe_word, write_recipe
     from llmrecipe.core.errors import RecipeError
     from llmrecipe.recipe.compose import compose
     from llmrecipe.recipe.recipe_paths import find_recipe
+    from llmrecipe.recipe.yaml_file import choice_lines
 
     methods = _chosen(objective, stack)
     find_recipe(extends)
@@ -113,8 +114,8 @@ def _recipe(name: str, extends: str, objective: str | None, stack: str | None) -
     if methods is not None:
         chosen["stack"] = methods
     choices = "".join(f"{line}\n" for line in choice_lines(chosen))
-    word = _word(path)
-    _write(path, TEMPLATE.format(title=path.stem, name=word, base=extends.strip("/"), choices=choices))
+    word = recipe_word(path)
+    write_recipe(path, TEMPLATE.format(title=path.stem, name=word, base=extends.strip("/"), choices=choices))
     try:
         compose(path)
     except RecipeError:
@@ -153,27 +154,13 @@ def _recipe_file(name: str) -> Path:
     return path
 
 
-def _word(path: Path) -> str:
-    """Return what stands behind `recipe=` for a file."""
-    return path.stem if path.parent == Path("recipes") else str(path)
-
-
-def _write(path: Path, text: str) -> None:
-    from llmrecipe.core.errors import RecipeError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
-
-
 def _fitted(
     name: str | None, file: str, model: str | None, columns: str | None, objective: str | None, stack: str | None
 ) -> None:
     """Write a recipe fitted to a file, with the schema that its first line names."""
     from llmrecipe.cli.fitted_recipe import fit_recipe, readable
-    from llmrecipe.cli.recipe_text import SCHEMA, free_name, recipe_text
+    from llmrecipe.cli.recipe_file import free_name, recipe_word, write_recipe
+    from llmrecipe.cli.recipe_text import SCHEMA, recipe_text
     from llmrecipe.recipe.compose import load_entry_points
     from llmrecipe.recipe.jsonschema import schema_text
 
@@ -181,21 +168,21 @@ def _fitted(
     methods = _chosen(objective, stack)
     path = _recipe_file(name or free_name(Path(file.partition(":")[2] or file).name.split(".")[0]))
     found = fit_recipe(file, path.stem, model, _mapping(columns), objective, methods)
-    _write(path, recipe_text(found, _word(path)))
+    write_recipe(path, recipe_text(found, recipe_word(path)))
     try:
         note = readable(found, path)
-        _write(path, recipe_text(found, _word(path)))
+        write_recipe(path, recipe_text(found, recipe_word(path)))
     except BaseException:
         path.unlink()
         raise
     schema = path.parent / SCHEMA
     if not schema.exists():
-        _write(schema, schema_text())
+        write_recipe(schema, schema_text())
         say(f"wrote {schema}, for editors")
     if note:
         say(f"note: {note}")
     say(f"{found.objective} on {found.reading.found.name} rows, extending {found.parent}; the recipe says why")
-    say(f"wrote {path}; next: llmrecipe data recipe={_word(path)}, then llmrecipe train recipe={_word(path)}")
+    say(f"wrote {path}; next: llmrecipe data recipe={recipe_word(path)}, then llmrecipe train recipe={recipe_word(path)}")
 
 
 def _mapping(text: str | None) -> dict[str, str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from llmrecipe.cli.fitted_recipe import USUAL, Fitted
+from llmrecipe.recipe.yaml_file import choice_lines, flow_text
 
 SCHEMA = "recipe.schema.json"
 """File of the JSON Schema, next to the recipe, for editors."""
@@ -49,46 +47,7 @@ def recipe_text(found: Fitted, word: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def choice_lines(choices: Mapping[str, str | list[str]]) -> list[str]:
-    """Return lines of a defaults list: what is chosen of each group instead of the extended recipe's.
-
-    Examples:
-        >>> choice_lines({"objective": "dpo", "stack": ["nf4", "lora"]})
-        ['  - override /objective: dpo', '  - override /stack: [nf4, lora]']
-    """
-    return [f"  - override /{group}: {_flow(value)}" for group, value in choices.items()]
-
-
 def _section(name: str, body: dict[str, Any]) -> list[str]:
     """Return a section: one line where it is short, else a line for each key."""
-    flow = f"{name}: {_flow(body)}"
-    return [flow] if len(flow) <= 80 else [f"{name}:", *(f"  {key}: {_flow(value)}" for key, value in body.items())]
-
-
-def _flow(value: object) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_flow(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and value.lower() not in YAML_WORDS:
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n", ".", "..")
-"""Plain words that YAML reads as something else than text."""
-
-
-def free_name(stem: str) -> str:
-    """Return a name for a recipe after a file: letters, digits and _, and no packaged recipe's.
-
-    Examples:
-        >>> free_name("my rows-v2"), free_name("sft"), free_name("2024")
-        ('my_rows_v2', 'sft_rows', 'rows_2024')
-    """
-    from llmrecipe.recipe.recipe_paths import packaged, recipes_in
-
-    name = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_").lower() or "rows"
-    name = name if name[0].isalpha() else f"rows_{name}"
-    taken = {path.stem for path in recipes_in(packaged()).values()}
-    return f"{name}_rows" if name in taken else name
+    flow = f"{name}: {flow_text(body)}"
+    return [flow] if len(flow) <= 80 else [f"{name}:", *(f"  {key}: {flow_text(value)}" for key, value in body.items())]

@@ -43,7 +43,7 @@ def verb(
 
     Prompts take the template the run was trained with. Requests are answered one after the other, until Ctrl-C.
     """
-    from llmrecipe.cli.early_checks import subject
+    from llmrecipe.cli.early_checks import answerers
     from llmrecipe.core.lazy import is_installed
 
     if missing := [name for name in NEEDS if not is_installed(name)]:
@@ -52,13 +52,7 @@ def verb(
     if key is None and host not in LOOPBACK_NAMES:
         raise UserError(f"--host {host}: whoever reaches this address could use the model; name a key: --key-env NAME")
     more, overrides = runs_and_overrides(words)
-    shared = {path: overrides}
-    if more:
-        from llmrecipe.evaluation.open_several import REQUESTED, share
-
-        shared = share([path, *more], overrides, REQUESTED)
-    for one, own in shared.items():
-        subject(one, own)
+    answerers([path, *more], overrides)
     with listen(host, port) as opened:
         from llmrecipe.engine.sampling import Sampling
         from llmrecipe.evaluation.chat import Chat

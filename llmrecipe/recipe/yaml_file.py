@@ -6,7 +6,9 @@ stay text (YAML 1.1 silently turns them into booleans, octals, base-60 numbers a
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,3 +250,28 @@ def load_bounded(text: str) -> Any:  # noqa: ANN401 (what a YAML file holds)
 def write_yaml(value: dict[str, Any]) -> str:
     """Return YAML text that `read_yaml` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def choice_lines(choices: Mapping[str, str | list[str]]) -> list[str]:
+    """Return lines of a defaults list: what is chosen of each group instead of the extended recipe's.
+
+    Examples:
+        >>> choice_lines({"objective": "dpo", "stack": ["nf4", "lora"]})
+        ['  - override /objective: dpo', '  - override /stack: [nf4, lora]']
+    """
+    return [f"  - override /{group}: {flow_text(value)}" for group, value in choices.items()]
+
+
+def flow_text(value: object) -> str:
+    """Return a value as YAML on one line, its plain words without quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{flow_text(key)}: {flow_text(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(flow_text, value)) + "]"
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and value.lower() not in YAML_WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n", ".", "..")
+"""Plain words that YAML reads as something else than text."""

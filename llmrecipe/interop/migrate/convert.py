@@ -13,7 +13,7 @@ from llmrecipe.core.foreign import parse_json
 from llmrecipe.interop.migrate import axolotl, llama_factory, torchtune, trl_cli
 from llmrecipe.interop.migrate.account import FATES, Account, Entry, Rule, value_at
 from llmrecipe.recipe.compose import section_defaults
-from llmrecipe.recipe.yaml_file import LARGEST, VALUES, YamlFile, read_yaml, short, write_yaml
+from llmrecipe.recipe.yaml_file import LARGEST, VALUES, YamlFile, choice_lines, read_yaml, short, write_yaml
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,10 @@ def migrated_text(found: Migration, word: str) -> str:
             lines += [f"#   {_line(entry.key)}: {_line(entry.note)}" for entry in entries]
     if STAND_IN in found.settings:
         lines.append(f"# {STAND_IN} is a stand-in: write what is good for you (`llmrecipe list reward`).")
-    lines += ["defaults:", "  - /base"]
-    for group in ("objective", "stack", "optim", "schedule"):
-        if group in found.choices:
-            value = found.choices[group]
-            lines.append(f"  - override /{group}: {'[' + ', '.join(value) + ']' if isinstance(value, list) else value}")
-    lines.append("  - _self_")
+    chosen: dict[str, Any] = {
+        group: found.choices[group] for group in ("objective", "stack", "optim", "schedule") if group in found.choices
+    }
+    lines += ["defaults:", "  - /base", *choice_lines(chosen), "  - _self_"]
     nested: dict[str, Any] = {}
     for path, value in found.settings.items():
         at = nested
