@@ -148,7 +148,8 @@ def test_another_dtype_than_the_one_trained_on_is_named(tmp_path: Path, base: Pa
         open_model(ModelSection(path=str(tmp_path / "one"), dtype="bfloat16"), TokenizerSection())
 
 
-@pytest.mark.parametrize("kinds", [("ia3", "ia3"), pytest.param(("fishmask", "sft_lora"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("ia3", "ia3"), ("fishmask", "sft_lora")])
 def test_the_verbs_score_and_ask_several_runs(
     tmp_path: Path, kinds: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,6 +179,7 @@ SOME_OF_IT = ["steps=2", "batch.size=2", "data.limit=6", "data.max_length=64", "
               "stages.board.across=[trained,memory,seconds]", "stages.method.matrix.seed=[0]"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_survey_shows_what_has_run_and_leaves_the_rest_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
 ) -> None:

@@ -356,7 +356,7 @@ def crowd(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Crowd:
     return found
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["random", pytest.param("tpe", marks=pytest.mark.slow)])
 def test_trials_that_run_at_once_are_those_of_a_search_that_was_stopped(crowd: Crowd, sampler: str) -> None:
     words = ["search.parallel=3", "search.trials=7", f"search.sampler={sampler}"]
     crowd.last = 6

@@ -54,6 +54,7 @@ def test_the_seed_of_the_stage_is_that_of_its_trials(lab: Lab) -> None:
     assert [p.composition.recipe.seed for p in lab.runs] == [7] * 5  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_and_runs_nothing_twice(lab: Lab) -> None:
     whole = searched("run.dir=whole")
     lab.runs.clear()
