@@ -95,11 +95,7 @@ def load_model(
     set_head_outputs(config, rows_head, labels)
     _check_input(config, rows_head, _concrete(auto, config))
     backend = _backend(section, _concrete(auto, config), device)
-    dtype = resolve_dtype(section.dtype, config, device)
-    stored = None
-    if section.init != "random":
-        place, local = locate(section.path)
-        stored = stored_dtype(config, Path(place) if local else None)
+    dtype, stored = resolve_dtype(section.dtype, config, device), _stored(section, config)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         if section.init == "random":
@@ -109,6 +105,14 @@ def load_model(
             model = _pretrained(section, auto, config, rows_head, dtype, backend, load_kwargs or {})
     model.stored_dtype = stored or dtype
     return _finish(model.eval(), section, backend, tokenizer)
+
+
+def _stored(section: ModelSection, config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the dtype of the checkpoint that weights are read from; None where none is read, or it is unknown."""
+    if section.init == "random":
+        return None
+    place, local = locate(section.path)
+    return stored_dtype(config, Path(place) if local else None)
 
 
 def skeleton(
@@ -131,8 +135,10 @@ def skeleton(
     set_head_outputs(config, rows_head, labels)
     _check_input(config, rows_head, _concrete(auto, config))
     backend = _backend(section, _concrete(auto, config), device)
+    dtype, stored = resolve_dtype(section.dtype, config, device), _stored(section, config)
     with torch.device("meta"), quiet():
-        model = _from_config(section, auto, config, resolve_dtype(section.dtype, config, device), backend)
+        model = _from_config(section, auto, config, dtype, backend)
+    model.stored_dtype = stored or dtype
     model.new_heads = _heads_without_weights(section, model) if rows_head in NEW_HEADS else ()
     return _finish(model.eval(), section, backend, tokenizer)
 

@@ -149,7 +149,7 @@ def examine(composition: Composition, made: StackChoices | None = None, follow: 
         activation_bytes=(build_run.autocast_of(settings.model.dtype, stack) or pretrained(model).dtype).itemsize,
         checkpointing=settings.model.gradient_checkpointing,
     )  # fmt: skip
-    undecided = tuple(w.name for w in later if not (own_tensors(model, w.name) or w.opened(model)))
+    undecided = tuple(w.name for w in later if w.chooses() and not (own_tensors(model, w.name) or w.opened(model)))
     memory = replace(memory, undecided=undecided)
     held, unread = auxiliary_bytes(parts.objective.held_models(settings, build_run.base_is_frozen(stack)), device)
     if follow:

@@ -57,7 +57,7 @@ class MemoryMeter:
         else:
             state = sum(t.nbytes for t in stack.training_tensors(model).values())
         self.parts = {
-            "weights": held_weights(model) + sum(w.memory(model).get("kept_bytes", 0) for w in stack),
+            "weights": held_weights(model),
             "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
             "optimizer": state,
             "activations": self.kept.peak - self.kept.peak_logits,

@@ -156,12 +156,12 @@ def delta_bytes(model: nn.Module, stack: Stack) -> int:
 
 
 def weight_bytes(model: nn.Module, stack: Stack) -> int:
-    """Count the bytes of weights and buffers; wrappers report what they quantize (`base_bytes`) and keep (`kept_bytes`)."""
+    """Count the bytes of weights and buffers; wrappers report what they quantize (`base_bytes`)."""
     packed = {id(module.weight) for _, module in quantized(model)}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in packed}
     dense = sum(t.numel() * t.element_size() for t in tensors.values())
     facts = [w.memory(model) for w in stack]
-    return dense + sum(f.get("base_bytes", 0) + f.get("kept_bytes", 0) for f in facts)
+    return dense + sum(f.get("base_bytes", 0) for f in facts)
 
 
 def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:

@@ -114,7 +114,7 @@ def predict_pass(
 
 def _refuse(recipe: Recipe, objective: Objective, stack: Stack, chosen: StackChoices | None) -> None:
     """Refuse recipes whose first update depends on what does not exist yet, or is computed where it cannot be followed."""
-    waiting = [w.name for w in stack if w.calibrates()]
+    waiting = [w.name for w in stack if w.chooses()]
     by_values = [w.name for w in stack if w.held_by_values]
     reasons = {
         "the policy writes the rows it is trained on": objective.samples,
@@ -183,7 +183,7 @@ def _roles(recipe: Recipe, objective: Objective, stack: Stack, model: LanguageMo
     """Return what an objective needs of a run, on the CPU; rows are packed where hooks reach the model's attention."""
     # Both are measured on a model with numbers; what they tell apart are families that `_refuse` has refused.
     model.row_reading, model.obeys_causal_mask = RowReading(), True
-    dtype = build_run.compute_dtype(recipe.model.dtype, getattr(model, "stored_dtype", torch.float32), device)
+    dtype = build_run.compute_dtype(recipe.model.dtype, model.stored_dtype, device)
     engine = Engine(model, build_run.autocast_of(dtype, stack))
     packed = recipe.data.packing != "off" and not engine.is_pair_model and isinstance(input_embedding(model), nn.Embedding)
     batch, tokenizer = recipe.batch, open_model.tokenizer_of(recipe.model, recipe.tokenizer)

@@ -192,6 +192,10 @@ class Wrapper:
         """Return whether `calibrate` chooses or initializes something from data; where an option decides, it decides here."""
         return type(self).calibrate is not Wrapper.calibrate
 
+    def chooses(self) -> bool:
+        """Return whether `calibrate` decides what trains or what a step keeps; not where it fills tensors that are there."""
+        return self.calibrates()
+
     def calibration_data(self) -> str | None:
         """Return a data path, where `calibrate` looks at other rows than the run's own; they are read before any weight."""
         return None
@@ -331,10 +335,7 @@ class Wrapper:
         return {}
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Return closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes.
-
-        `kept_bytes` counts tensors that the method keeps apart from the model.
-        """
+        """Return closed forms for the memory report: `trainable`, `optimizer_bytes`, ... in parameters or bytes."""
         return {}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -87,6 +87,10 @@ class PrefixTuning(Wrapper):
         """Return whether the columns are initialized from a text."""
         return self.init == "text"
 
+    def chooses(self) -> bool:
+        """Return False: the text fills columns that are there."""
+        return False
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Fill the table from `init_text`."""
         if self.init == "text":

@@ -55,6 +55,10 @@ class PromptTuning(Wrapper):
         """Return whether they are initialized from a text."""
         return self.init == "text"
 
+    def chooses(self) -> bool:
+        """Return False: the text fills rows that are there."""
+        return False
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Copy the embeddings of `init_text`."""
         if self.init == "text":

@@ -227,6 +227,10 @@ class Hypertuning(Wrapper):
         """Return whether the vocabulary of `path` is to be compared with the model's."""
         return self.path is not None
 
+    def chooses(self) -> bool:
+        """Return False: a comparison changes nothing."""
+        return False
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Refuse a hypermodel that was trained with another vocabulary: it would read other words than were written.
 

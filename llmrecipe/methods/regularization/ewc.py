@@ -14,6 +14,7 @@ from llmrecipe.methods.regularization._engines.anchors import (
     place_anchors,
     quadratic,
     total,
+    values_of,
 )
 from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
@@ -38,7 +39,6 @@ class Ewc(AnchorMethod, Wrapper):
     """
 
     stage: ClassVar[Stage] = Stage.ANCHOR
-    held_by_values: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     shards: ClassVar[tuple[str, ...]] = ("zero1",)
     unsharded: ClassVar[str] = "it compares whole weights with where they started, and each process holds a part of them"
@@ -67,23 +67,28 @@ class Ewc(AnchorMethod, Wrapper):
         """Return where the old rows are."""
         return self.data
 
+    def chooses(self) -> bool:
+        """Return False: F says how strongly weights are held, not which train."""
+        return False
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Measure F on the old rows."""
         probe = probe if self.data is None else probe.of(self.data)
         targets = selection.sampled_targets(probe.engine, self.draws, self.seed) if self.sample_type == "expect" else None
-        factors = anchors_of(model, self.name).factor
+        factors = self.training_tensors(model)
         weights = {name: weight for name, weight in base_weights(model).items() if name in factors}
         scores = selection.score_entries(model, probe, weights, self.num_samples, targets=targets)
         count = sum(float(probe.weight(micro)) for micros in probe.groups(self.num_samples, 1) for micro in micros)
         for name, value in scores.items():
-            factors[name] = value.reshape(factors[name].shape).to(factors[name]).div_(count)
+            factors[name].copy_(value.reshape(factors[name].shape)).div_(count)
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Return strength/2 sum_i F_i (w_i - w_0i)^2."""
         value = self.strength * total([quadratic(*part) for part in anchored(model, self.name)])
-        anchors_of(model, self.name).last["penalty"] = value.detach()
+        self.note(model, value)
         return value
 
     def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return F by name of the weight."""
-        return anchors_of(model, self.name).factor
+        anchors = anchors_of(model, self.name)
+        return values_of(anchors.factor) if anchors else {}

@@ -10,7 +10,6 @@ from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.regularization._engines.anchors import (
     AnchorMethod,
     anchored,
-    anchors_of,
     place_anchors,
     quadratic,
     total,
@@ -35,7 +34,6 @@ class L2sp(AnchorMethod, Wrapper):
     """
 
     stage: ClassVar[Stage] = Stage.ANCHOR
-    held_by_values: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     shards: ClassVar[tuple[str, ...]] = ("zero1",)
     unsharded: ClassVar[str] = "it compares whole weights with where they started, and each process holds a part of them"
@@ -56,5 +54,5 @@ class L2sp(AnchorMethod, Wrapper):
         terms = [self.alpha * quadratic(parameter, start) for parameter, start, _ in anchored(model, self.name)]
         heads = [p for n, p in model.named_parameters() if p.requires_grad and is_head(model, n)]
         value = total([*terms, *(self.beta * quadratic(p) for p in heads)])
-        anchors_of(model, self.name).last["penalty"] = value.detach()
+        self.note(model, value)
         return value

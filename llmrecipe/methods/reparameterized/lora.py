@@ -182,6 +182,10 @@ class Lora(Wrapper):
         """Return whether the initial values come from data, or from the weights before they were quantized."""
         return self.init in initialization.FROM_DATA
 
+    def chooses(self) -> bool:
+        """Return whether ranks are moved from site to site."""
+        return self.init == "eva" and self.eva_rho > 1
+
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Run that initialization."""
         if self.calibrates():

@@ -17,7 +17,7 @@ from llmrecipe.core.registry import PACKAGE
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.memory.freeze import Freeze
-from llmrecipe.methods.regularization._engines.anchors import anchors_of
+from llmrecipe.methods.regularization._engines.anchors import anchors_of, values_of
 from llmrecipe.methods.regularization.ewc import Ewc
 from llmrecipe.methods.regularization.l2sp import L2sp
 from llmrecipe.methods.reparameterized.lora import Lora
@@ -135,11 +135,11 @@ def test_only_what_trains_is_pulled_and_the_copy_is_counted() -> None:
     value = sum(0.5 * float(away[n].square().sum()) for n in trained)
     assert float(stack.penalty(model).detach()) == pytest.approx(value, rel=1e-4)
     count = sum(p.numel() for p in model.parameters())
-    assert stack.wrappers[1].memory(model) == {"kept_bytes": 4 * count}
+    assert stack.wrappers[1].memory(model) == {"state_bytes": 4 * count}
     assert not stack.delta(model).keys() - {n for n, _ in model.named_parameters()}
     assert set(model.state_dict()) == set(tiny_model("llama").state_dict())
     stack.finish(model)
-    assert stack.wrappers[1].memory(model) == {"kept_bytes": 0}
+    assert stack.wrappers[1].memory(model) == {"state_bytes": 0}
 
 
 def test_a_start_takes_the_bytes_of_the_checkpoint_where_they_hold_it() -> None:
@@ -153,8 +153,8 @@ def test_a_start_takes_the_bytes_of_the_checkpoint_where_they_hold_it() -> None:
     stack.attach(model)
     count, exact = sum(p.numel() for p in model.parameters()), model.model.norm.weight.numel()
     # 2 bytes a weight but for the tensor that bfloat16 does not hold, and 4 of the Fisher information.
-    assert stack.wrappers[0].memory(model) == {"kept_bytes": 2 * (count - exact) + 4 * exact + 4 * count}
-    start = anchors_of(model, "ewc").start
+    assert stack.wrappers[0].memory(model) == {"state_bytes": 2 * (count - exact) + 4 * exact + 4 * count}
+    start = values_of(anchors_of(model, "ewc").start)
     assert all(torch.equal(start[n].float(), p) for n, p in model.named_parameters())
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.data.transfer import to_device
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
+from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, remove_shared, shared_modules
+
+SEPARATOR = "/"
+"""Stands for the dots of a name, which the name of a buffer cannot have."""
 
 
 class _QuadraticContext(Protocol):
@@ -58,27 +61,32 @@ def quadratic(weight: Tensor, start: Tensor | None = None, factor: Tensor | None
     return _Quadratic.apply(weight, start, factor)
 
 
-class Anchors:
-    """Values by parameter name; on the model, for a wrapper holds no tensors, and no part of what is saved with it."""
+class Anchors(SharedModule):
+    """Values by name of the weight they belong to; no part of what is saved with the model.
 
-    def __init__(self, start: dict[str, Tensor], factor: dict[str, Tensor]):
-        self.start, self.factor = start, factor
+    Args:
+        start: values that the weights start from.
+        factor: factors of their entries.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor], factor: Mapping[str, Tensor]):
+        super().__init__()
+        self.start, self.factor = _held(start), _held(factor)
         self.last: dict[str, Tensor] = {}
         """Name -> the newest value of a term, for the metrics of a step."""
 
-    def near(self, values: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-        """Return a value on the device of its parameter, to which it moves once."""
-        if values[name].device != parameter.device:
-            values[name] = to_device(values[name], parameter.device)
-        return values[name]
 
-    def bytes(self) -> int:
-        """Return the size of all of them."""
-        return sum(t.numel() * t.element_size() for kept in (self.start, self.factor) for t in kept.values())
+def _held(values: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module that holds tensors of any name; its buffers are in no state dict."""
+    holder = nn.Module()
+    for name, value in values.items():
+        holder.register_buffer(name.replace(".", SEPARATOR), value, persistent=False)
+    return holder
 
 
-def _slot(owner: str) -> str:
-    return f"_{owner}_anchors"
+def values_of(holder: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that `_held` put into a module, by name of the weight."""
+    return {name.replace(SEPARATOR, "."): value for name, value in holder.named_buffers()}
 
 
 def place_anchors(model: nn.Module, owner: str, factors: bool) -> None:
@@ -98,13 +106,12 @@ def place_anchors(model: nn.Module, owner: str, factors: bool) -> None:
         start[name] = narrow.clone() if exact and narrow.element_size() <= value.element_size() else value.clone()
         if factors:
             factor[name] = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
-    model.__dict__[_slot(owner)] = Anchors(start, factor)
+    add_shared(model, Anchors(start, factor), owner)
 
 
-def anchors_of(model: nn.Module, owner: str) -> Anchors:
-    """Return a wrapper's anchors; none before it is attached and after the end."""
-    found: Anchors = model.__dict__.get(_slot(owner)) or Anchors({}, {})
-    return found
+def anchors_of(model: nn.Module, owner: str) -> Anchors | None:
+    """Return a wrapper's anchors; None before it is attached and after the end."""
+    return next((shared for _, shared in shared_modules(model, owner) if isinstance(shared, Anchors)), None)
 
 
 def anchored(model: nn.Module, owner: str) -> Iterator[tuple[nn.Parameter, Tensor, Tensor | None]]:
@@ -114,11 +121,11 @@ def anchored(model: nn.Module, owner: str) -> Iterator[tuple[nn.Parameter, Tenso
         ModelError: none of them trains.
     """
     anchors, none = anchors_of(model, owner), True
+    start, factor = (values_of(anchors.start), values_of(anchors.factor)) if anchors else ({}, {})
     for name, parameter in model.named_parameters():
-        if name in anchors.start and parameter.requires_grad:
+        if name in start and parameter.requires_grad:
             none = False
-            factor = anchors.near(anchors.factor, name, parameter) if anchors.factor else None
-            yield parameter, anchors.near(anchors.start, name, parameter), factor
+            yield parameter, start[name], factor.get(name)
     if none:
         raise ModelError(f"stack.{owner}: none of the weights that it pulls back to their start trains; leave it out")
 
@@ -135,11 +142,17 @@ class AnchorMethod:
 
     def metrics(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the penalty of the step."""
-        return dict(anchors_of(model, self.name).last)
+        anchors = anchors_of(model, self.name)
+        return dict(anchors.last) if anchors else {}
+
+    def note(self, model: nn.Module, penalty: Tensor) -> None:
+        """Keep the penalty of the step for its metrics."""
+        if anchors := anchors_of(model, self.name):
+            anchors.last["penalty"] = penalty.detach()
 
     def finish(self, model: nn.Module) -> None:
         """Drop what only training needed."""
-        model.__dict__.pop(_slot(self.name), None)
+        remove_shared(model, self.name)
 
     def merge(self, model: nn.Module) -> None:
         """Drop what only training needed: weights are trained as they are."""
@@ -151,8 +164,10 @@ class AnchorMethod:
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return the bytes of what is kept for each weight of the base."""
-        return {"kept_bytes": anchors_of(model, self.name).bytes()}
+        anchors = anchors_of(model, self.name)
+        return {"state_bytes": sum(t.nbytes for t in anchors.buffers()) if anchors else 0}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Yield how many weights are anchored."""
-        yield "weights pulled to their start", sum(t.numel() for t in anchors_of(model, self.name).start.values())
+        anchors = anchors_of(model, self.name)
+        yield "weights pulled to their start", sum(t.numel() for t in anchors.start.buffers()) if anchors else 0
