@@ -11,10 +11,10 @@ from llmrecipe.methods.regularization._engines.anchors import (
     AnchorMethod,
     anchored,
     anchors_of,
+    held_values,
     place_anchors,
     quadratic,
     total,
-    values_of,
 )
 from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
@@ -91,4 +91,4 @@ class Ewc(AnchorMethod, Wrapper):
     def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return F by name of the weight."""
         anchors = anchors_of(model, self.name)
-        return values_of(anchors.factor) if anchors else {}
+        return held_values(anchors.factor) if anchors else {}

@@ -17,7 +17,7 @@ from llmrecipe.core.registry import PACKAGE
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.memory.freeze import Freeze
-from llmrecipe.methods.regularization._engines.anchors import anchors_of, values_of
+from llmrecipe.methods.regularization._engines.anchors import anchors_of, held_values
 from llmrecipe.methods.regularization.ewc import Ewc
 from llmrecipe.methods.regularization.l2sp import L2sp
 from llmrecipe.methods.reparameterized.lora import Lora
@@ -154,7 +154,7 @@ def test_a_start_takes_the_bytes_of_the_checkpoint_where_they_hold_it() -> None:
     count, exact = sum(p.numel() for p in model.parameters()), model.model.norm.weight.numel()
     # 2 bytes a weight but for the tensor that bfloat16 does not hold, and 4 of the Fisher information.
     assert stack.wrappers[0].memory(model) == {"state_bytes": 2 * (count - exact) + 4 * exact + 4 * count}
-    start = values_of(anchors_of(model, "ewc").start)
+    start = held_values(anchors_of(model, "ewc").start)
     assert all(torch.equal(start[n].float(), p) for n, p in model.named_parameters())
 
 

@@ -84,7 +84,7 @@ def _held(values: Mapping[str, Tensor]) -> nn.Module:
     return holder
 
 
-def values_of(holder: nn.Module) -> dict[str, Tensor]:
+def held_values(holder: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that `_held` put into a module, by name of the weight."""
     return {name.replace(SEPARATOR, "."): value for name, value in holder.named_buffers()}
 
@@ -121,7 +121,7 @@ def anchored(model: nn.Module, owner: str) -> Iterator[tuple[nn.Parameter, Tenso
         ModelError: none of them trains.
     """
     anchors, none = anchors_of(model, owner), True
-    start, factor = (values_of(anchors.start), values_of(anchors.factor)) if anchors else ({}, {})
+    start, factor = (held_values(anchors.start), held_values(anchors.factor)) if anchors else ({}, {})
     for name, parameter in model.named_parameters():
         if name in start and parameter.requires_grad:
             none = False
