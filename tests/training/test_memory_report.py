@@ -157,7 +157,8 @@ SLOW = (
     "sft", "sft_lora", "qlora", "smt", "loreft", "freeze", "lora_fa", "mezo", "classify", "clm", "dora", "kto_lora",
     "prefix_tuning", "mlm", "contrastive", "sft model.dtype=bfloat16", "dpo_lora model.gradient_checkpointing=true",
     "sft_lora batch.size=48", "grpo", "l2sp eval.forgetting={}", "ewc eval.forgetting={} stack.ewc.num_samples=8",
-    "sft_lora stack.lora.init=eva stack.lora.eva_rho=1", "prompt_tuning stack.prompt_tuning.init=text stack.prompt_tuning.init_text=hello",
+    "sft_lora stack.lora.init=eva stack.lora.eva_rho=1",
+    "prompt_tuning stack.prompt_tuning.init=text stack.prompt_tuning.init_text=hello",
 )  # fmt: skip
 UNKNOWN = ("grpo", "dora")
 """Answers are sampled, or what is kept depends on the values of weights."""
