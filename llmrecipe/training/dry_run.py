@@ -19,7 +19,7 @@ from llmrecipe.methods._base.stack import DIVIDED_REFERENCE, base_parameters, ki
 from llmrecipe.models.checkpoint_path import STACK_FILE
 from llmrecipe.models.hooks.hook import own_tensors
 from llmrecipe.models.pretrained import pretrained
-from llmrecipe.optim.optimizer import parameter_groups
+from llmrecipe.optim.optimizer import Group, parameter_groups
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
@@ -37,7 +37,14 @@ from llmrecipe.training.read_rows import check_family, check_model_fits, check_m
 from llmrecipe.training.shard_estimate import resting, saving, shard_table
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.methods._base.method import Wrapper
+    from llmrecipe.methods._base.stack import Stack
     from llmrecipe.recipe.compose import Composition
+    from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.recipe.validate import Parts
 
 
 @dataclass
@@ -106,6 +113,47 @@ def _choices(folder: Path) -> StackChoices | None:
     return StackChoices(chosen, {n: t for n, t in layer.tensors.items() if not t.is_floating_point()})
 
 
+@dataclass
+class _Built:
+    """What a recipe has been found to build."""
+
+    composition: Composition
+    parts: Parts
+    device: str
+    """Kind of the device it computes on."""
+    data: SplitRows
+    validation: SplitRows | None
+    labels: list[str] | None
+    stack: Stack
+    model: nn.Module
+    """On the meta device."""
+    later: list[Wrapper]
+    """Wrappers that are yet to choose, or to start, from data or weights."""
+
+    @property
+    def settings(self) -> Recipe:
+        return self.composition.recipe
+
+    @property
+    def copied(self) -> bool:
+        """Whether what trains is copied as it is at step 0."""
+        return needs_snapshot(self.parts.objective, self.stack, self.model, self.settings.model.continue_)
+
+    def tokens_per_step(self) -> int | None:
+        """Return the tokens of a step; None where they cannot be known."""
+        if self.settings.data.streaming or self.parts.objective.samples:
+            return None
+        # A pass over fewer rows than `batch.size`, or one that leaves a rest, reads fewer rows in a step.
+        rows = len(self.data) / max(1, math.ceil(len(self.data) / self.settings.batch.size))
+        return round(self.data.report.tokens / max(len(self.data), 1) * rows)
+
+    def groups(self) -> list[Group]:
+        """Return the optimizer's groups; none where the stack has yet to choose all that trains."""
+        if self.later and not any(p.requires_grad for p in self.model.parameters()):
+            return []
+        return parameter_groups(self.model, self.parts.optimizer, self.stack.groups(self.model))
+
+
 def examine(composition: Composition, made: StackChoices | None = None, follow: bool = True) -> Findings:
     """Build a composed recipe on the meta device; see `check`.
 
@@ -113,6 +161,34 @@ def examine(composition: Composition, made: StackChoices | None = None, follow: 
         made: what a run of this recipe has chosen from data or weights.
         follow: also find out what a pass keeps, operation by operation.
     """
+    built = _build(composition, made)
+    settings, stack, model = built.settings, built.stack, built.model
+    steps = build_run.step_count(settings, len(built.data), built.parts.objective.updates())
+    built.parts.schedule.check(steps)
+    groups, per_step = built.groups(), built.tokens_per_step()
+    chosen = sum(w.memory(model).get("trainable", 0) for w in built.later)
+    memory, unread = _memory(built, made, follow)
+    total, base = sum(p.numel() for p in model.parameters()), base_parameters(model)
+    warnings = [
+        *data_warnings(built.data.report),
+        *rank_warnings(model),
+        *memory_warnings(memory.total, built.device),
+        *weight_warnings(settings.model, model, built.parts.objective.model_head()),
+    ]
+    plan = BatchPlan.of(settings.batch, len(built.data))
+    notes = [*_notes(built, memory, unread), *_sharding_notes(built, memory)]
+    return Findings(
+        composition.name, kind_name(built.parts.objective),
+        [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack], stack.written_out(),
+        base, total - base, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(built.data),
+        per_step, memory, _megabytes(memory), shard_table(memory, model), delta_bytes(model, stack),
+        None if per_step is None else 6.0 * total * per_step * (steps - plan.saved(steps) / settings.batch.size)
+        / matmul_rate(built.device), built.data.report.to_dict(), notes, warnings,
+    )  # fmt: skip
+
+
+def _build(composition: Composition, made: StackChoices | None) -> _Built:
+    """Read the rows and build the model without weights, with every check that comes before weights."""
     settings = composition.recipe
     parts = instantiate(settings)
     check_sections(settings)
@@ -130,49 +206,41 @@ def examine(composition: Composition, made: StackChoices | None = None, follow: 
     check_monitor(settings, parts.objective, validation, composition.origins)
     model = build_run.on_meta(settings, parts.objective, stack, labels, device, made.structures if made else None)
     check_model_fits(settings, parts.objective, data, validation, labels)
-    steps = build_run.step_count(settings, len(data), parts.objective.updates())
-    parts.schedule.check(steps)
     later = [w for w in stack if w.calibrates()] if made is None else []
-    chosen = sum(w.memory(model).get("trainable", 0) for w in later)
-    now = any(p.requires_grad for p in model.parameters())
-    groups = parameter_groups(model, parts.optimizer, stack.groups(model)) if now or not later else []
-    # A pass over fewer rows than `batch.size`, or one that leaves a rest, reads fewer rows in a step.
-    rows = len(data) / max(1, math.ceil(len(data) / settings.batch.size))
-    plan = BatchPlan.of(settings.batch, len(data))
-    known = not (settings.data.streaming or parts.objective.samples)
-    per_step = round(data.report.tokens / max(len(data), 1) * rows) if known else None
-    most = settings.batch.tokens or micro_tokens(torch.device(device))
+    return _Built(composition, parts, device, data, validation, labels, stack, model, later)
+
+
+def _memory(built: _Built, made: StackChoices | None, follow: bool) -> tuple[Estimate, list[str]]:
+    """Return the memory of the run, and a note on each model beside the policy that could not be looked at."""
+    settings, stack, model, report = built.settings, built.stack, built.model, built.data.report
+    most, per_step = settings.batch.tokens or micro_tokens(torch.device(built.device)), built.tokens_per_step()
     micro = most if per_step is None else min(per_step, most)
-    share = data.report.trained / max(data.report.tokens, 1)
     memory = estimate_memory(
-        model, stack, parts.optimizer, micro, targets=max(1, round(micro * share)),
+        model, stack, built.parts.optimizer, micro, targets=max(1, round(micro * report.trained / max(report.tokens, 1))),
         activation_bytes=(build_run.autocast_of(settings.model.dtype, stack) or pretrained(model).dtype).itemsize,
         checkpointing=settings.model.gradient_checkpointing,
     )  # fmt: skip
-    undecided = tuple(w.name for w in later if w.chooses() and not (own_tensors(model, w.name) or w.opened(model)))
+    undecided = tuple(w.name for w in built.later if w.chooses() and not (own_tensors(model, w.name) or w.opened(model)))
     memory = replace(memory, undecided=undecided)
-    held, unread = auxiliary_bytes(parts.objective.held_models(settings, build_run.base_is_frozen(stack)), device)
     if follow:
-        memory = follow_pass(memory, settings, data, labels, device, made)
+        memory = follow_pass(memory, settings, built.data, built.labels, built.device, made)
     else:
         memory = replace(memory, unpredicted="stages and trials are not followed through their models")
-    copied = needs_snapshot(parts.objective, stack, model, settings.model.continue_)
-    memory = replace(memory, auxiliary=held + (copied_bytes(model) if copied else 0))
-    total = sum(p.numel() for p in model.parameters())
-    base = base_parameters(model)
-    warnings = [
-        *data_warnings(data.report),
-        *rank_warnings(model),
-        *memory_warnings(memory.total, device),
-        *weight_warnings(settings.model, model, parts.objective.model_head()),
-    ]
-    notes = [] if validation is not None else ["no validation split: nothing decides which checkpoint is best"]
-    if validation is not None and settings.data.streaming:
+    models = built.parts.objective.held_models(settings, build_run.base_is_frozen(stack))
+    held, unread = auxiliary_bytes(models, built.device)
+    return replace(memory, auxiliary=held + (copied_bytes(model) if built.copied else 0)), unread
+
+
+def _notes(built: _Built, memory: Estimate, unread: list[str]) -> list[str]:
+    """Return what a reader of the findings should know besides the numbers."""
+    settings, unused = built.settings, built.data.report.unused
+    notes = [] if built.validation is not None else ["no validation split: nothing decides which checkpoint is best"]
+    if built.validation is not None and settings.data.streaming:
         notes.append("rows that are in training and validation: unknown, the training rows are streamed")
-    notes += [f"columns not used: {', '.join(data.report.unused)}"] if data.report.unused else []
+    notes += [f"columns not used: {', '.join(unused)}"] if unused else []
     notes += [
         f"{w.name} chooses or starts before step 0, from data or from the weights as they were before quantization"
-        for w in later
+        for w in built.later
     ]
     notes += unread
     if memory.unpredicted:
@@ -180,23 +248,23 @@ def examine(composition: Composition, made: StackChoices | None = None, follow: 
         notes.append(f"memory of the pass is unknown, {memory.unpredicted}; by rough formulas it keeps about {rough:.0f} MB")
     if (warm := settings.batch.warmup) is not None:
         notes.append(f"batches grow from {warm.start} rows to {settings.batch.size} over the first {warm.batches}")
-    shard = settings.runtime.shard
-    if shard in GATHERED and copied:
+    return notes
+
+
+def _sharding_notes(built: _Built, memory: Estimate) -> list[str]:
+    """Return what dividing the training saves.
+
+    Raises:
+        RecipeError: what is divided cannot be copied as a reference.
+    """
+    runtime = built.settings.runtime
+    if runtime.shard in GATHERED and built.copied:
         raise RecipeError(DIVIDED_REFERENCE)
-    if shard != PLAIN:
-        devices = max(2, shard_size(settings.runtime))
-        notes.append(saving(memory, model, shard, devices))
-        if settings.runtime.offload != "none":
-            notes.append(resting(memory, devices))
-    return Findings(
-        composition.name, kind_name(parts.objective),
-        [{"name": w.name, "kind": kind_name(w), "stage": w.stage.name} for w in stack], stack.written_out(),
-        base, total - base, max(sum(g.count for g in groups), chosen), [g.row() for g in groups], steps, len(data), per_step,
-        memory, _megabytes(memory), shard_table(memory, model), delta_bytes(model, stack),
-        None if per_step is None else 6.0 * total * per_step * (steps - plan.saved(steps) / settings.batch.size)
-        / matmul_rate(device), data.report.to_dict(), notes,
-        warnings,
-    )  # fmt: skip
+    if runtime.shard == PLAIN:
+        return []
+    devices = max(2, shard_size(runtime))
+    notes = [saving(memory, built.model, runtime.shard, devices)]
+    return notes if runtime.offload == "none" else [*notes, resting(memory, devices)]
 
 
 def _megabytes(memory: Estimate) -> dict[str, float]:
