@@ -6,6 +6,7 @@ this process. All processes call `whole` for the same tensors in the same order,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds, without a copy; all of it where it is not divided."""
     divided: Any = tensor
     return divided.to_local() if is_sharded(tensor) else tensor
+
+
+def first_entry(tensor: Tensor) -> int:
+    """Return the place, in the flattened whole, of the first entry of this process's part; parts are runs of rows."""
+    if not is_sharded(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    divided: Any = tensor
+    _, offset = compute_local_shape_and_global_offset(divided.shape, divided.device_mesh, divided.placements)
+    return int(offset[0]) * math.prod(divided.shape[1:])
 
 
 def whole(tensor: Tensor) -> Tensor:

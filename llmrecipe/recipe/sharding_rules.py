@@ -39,6 +39,10 @@ def sharding_mistakes(recipe: Recipe) -> Iterator[Found]:
         spec = registry.spec(group, str(entry["kind"]))
         if text := refusal(spec, section.shard):
             yield place, text
+        if section.shard in GATHERED:
+            for option, values in dict(spec.facts.get("whole_options") or {}).items():
+                if (value := entry.get(option)) in values:
+                    yield (*place, option), f"{value} is refused under runtime.shard={section.shard}: {values[value]}"
     if section.shard in GATHERED and recipe.model.compile:
         yield (
             ("model", "compile"),

@@ -106,6 +106,13 @@ def test_quantized_bases_are_refused_where_parameters_are_divided(kind: str, why
         compose("sft", [f"stack=[{kind},lora]", f"runtime={shard}"])
 
 
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_an_option_that_needs_whole_weights_is_refused_where_they_are_divided(shard: str) -> None:
+    compose("mezo", [f"runtime={shard}"])
+    with pytest.raises(RecipeError, match=rf"mezo\.perturb: layerwise is refused under runtime\.shard={shard}: .*inplace"):
+        compose("mezo", [f"runtime={shard}", "stack.mezo.perturb=layerwise"])
+
+
 def test_a_compiled_model_is_refused_where_parameters_are_gathered() -> None:
     compose("sft", ["runtime=zero1", "model.compile=true"])
     with pytest.raises(RecipeError, match=r"model\.compile"):

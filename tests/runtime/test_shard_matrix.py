@@ -1,4 +1,4 @@
-"""Every wrapper (under SFT) and every objective (under LoRA) that declares a value of `runtime.shard`, on two processes.
+"""Every wrapper (under SFT), objective and optimizer (under LoRA) that declares a value of `runtime.shard`, on two processes.
 
 What declares nothing is refused before anything is read: see tests/recipe/test_sharding_rules.py.
 """
@@ -13,7 +13,12 @@ from llmrecipe.core import registry
 from tests.runtime.test_process_matrix import OBJECTIVES, WRAPPERS, Matrix, results
 
 SHARDS = ("zero1", "zero2", "zero3")
-CASES = {**{f"stack {name}": words for name, words in WRAPPERS.items()}, **{f"objective {n}": w for n, w in OBJECTIVES.items()}}
+OPTIMIZERS = {"sgd": ["sft_lora", "optim=sgd", "optim.momentum=0.9"]}
+CASES = {
+    **{f"stack {name}": words for name, words in WRAPPERS.items()},
+    **{f"objective {name}": words for name, words in OBJECTIVES.items()},
+    **{f"optim {name}": words for name, words in OPTIMIZERS.items()},
+}
 
 
 def declared(case: str) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def equal(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     assert [step for step, *_ in ours] == [step for step, *_ in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert b[1] == pytest.approx(a[1], abs=tolerance)
-        assert b[2] == pytest.approx(a[2], rel=1e-4)
+        assert b[2] == (a[2] and pytest.approx(a[2], rel=1e-4)), "no norm where there is no gradient"
     left, right = learned(one), learned(other)
     assert left and left.keys() == right.keys()
     for name, value in left.items():
@@ -276,3 +276,30 @@ def test_a_divided_run_goes_on_to_the_bit(kept: str, tmp_path: Path) -> None:
     ours, theirs = learned(parts), learned(tmp_path / "whole" / "run")
     assert ours and ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+ZEROTH_ORDER = {
+    "zero2": ["mezo", "runtime=zero2"],
+    "zero3": ["mezo", "stack.mezo.optimizer=adam", "stack.mezo.moments=store", "optim.lr=1e-4", "runtime=zero3"],
+    "lora": ["mezo_lora", "runtime=zero3"],
+}
+
+
+@pytest.mark.slow
+def test_parts_of_weights_move_along_their_part_of_the_noise(tmp_path: Path) -> None:
+    """Without gradients, each process draws the noise of the whole and moves what it holds; a resumed run draws the same."""
+    again = tmp_path / "zero3" / "run"
+    more = {"again": [f"resume={again}", "steps=3"], "whole": [*ZEROTH_ORDER["zero3"], "steps=3", *STEADY]}
+    launched(tmp_path, {**{name: [*words, *STEADY] for name, words in ZEROTH_ORDER.items()}, **more})
+    for name, (recipe, *words) in ZEROTH_ORDER.items():
+        steps = ["steps=3"] if name == "zero3" else []
+        one = alone(tmp_path / f"one-{name}", recipe, *(w for w in words if not w.startswith("runtime=")), *steps)
+        equal(one, tmp_path / name / "run")
+        facts = proved(tmp_path / name / "run")
+        assert facts["whole"]["gradients"] == facts["whole"]["optimizer"] == 0
+        assert all(
+            part["parameters"] == pytest.approx(facts["whole"]["parameters"] / 2, rel=0.01) for part in facts["processes"]
+        )
+    assert curve(again) == curve(tmp_path / "whole" / "run") and len(curve(again)) == 3
+    ours, theirs = learned(again), learned(tmp_path / "whole" / "run")
+    assert ours and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

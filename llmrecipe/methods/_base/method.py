@@ -139,6 +139,8 @@ class Wrapper:
     """Values of `runtime.shard` under which it has been shown to train what one process trains."""
     unsharded: ClassVar[str] = ""
     """Why it is refused under others, as the end of a message."""
+    whole_options: ClassVar[dict[str, dict[str, str]]] = {}
+    """Option -> value -> why it is refused where a process holds a part of each weight."""
     reads_examples: ClassVar[bool] = False
     """Whether it makes adapters from the examples that an objective gives (`Objective.gives_examples`)."""
     lifecycle_hooks: ClassVar[tuple[str, ...]] = ()

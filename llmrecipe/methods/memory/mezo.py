@@ -28,6 +28,7 @@ from llmrecipe.methods.memory._engines.zeroth_order import (
     projected_gradient,
     update,
 )
+from llmrecipe.models.sharded import is_sharded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +48,8 @@ class Mezo(Wrapper):
     Two forward passes a sample on the same batch, dropout off; no activations, no gradients and, for SGD, no optimizer state:
     memory is that of inference. z is drawn again from its address instead of being kept. Trains whatever the rest of the stack
     opens (everything in an empty one), also on objectives without a gradient. The reported loss is the mean of both sides.
-    Every process draws the same z; they exchange two numbers a sample. `optim` gives the learning rate, nothing else.
+    Every process draws the same z; they exchange two numbers a sample. Where processes divide the weights, each moves its part
+    by its part of z, in place. `optim` gives the learning rate, nothing else.
 
     Works when the task is put as text to complete (no new heads) and training is long: 20,000 steps of 16 rows; full weights
     lr 1e-6 eps 1e-3, LoRA lr 1e-4 eps 1e-2, prefixes lr 1e-2 eps 1e-1.
@@ -57,7 +59,11 @@ class Mezo(Wrapper):
     the history instead of stored; gradient accumulation and data parallelism.
     """
 
-    unsharded: ClassVar[str] = "it makes no gradients, and keeps no state that could be divided"
+    shards: ClassVar[tuple[str, ...]] = ("zero2", "zero3")
+    unsharded: ClassVar[str] = "zero1 divides the state of the optimizer, and it keeps none"
+    whole_options: ClassVar[dict[str, dict[str, str]]] = {
+        "perturb": {"layerwise": "it gives each module a moved copy of its weights, which no process has whole; use inplace"}
+    }
     stage: ClassVar[Stage] = Stage.RULE
     mergeable: ClassVar[bool] = True
     masters: ClassVar[bool] = False
@@ -184,7 +190,7 @@ class ZerothOrder:
         """Estimate and move.
 
         Raises:
-            RecipeError: something in the recipe needs gradients or shards the weights.
+            RecipeError: something in the recipe needs gradients.
         """
         self._prepare(context)
         step = context.step
@@ -234,7 +240,11 @@ class ZerothOrder:
     def _evaluate(self, context: StepContext, micros: list[Batch], scale: float) -> tuple[float, list[dict[str, Any]]]:
         """Return the summed loss of this process at theta + scale z."""
         self.mode.move(scale)
-        losses = [context.objective.training_loss(micro, context.roles) for micro in micros]
+        losses = []
+        for index in range(context.runtime.passes(len(micros))):
+            # Where every process has to make the same passes, one with fewer micro-batches repeats its last one for nothing.
+            loss = context.objective.training_loss(micros[min(index, len(micros) - 1)], context.roles)
+            losses += [loss] if index < len(micros) else []
         if self.mode.include_missed():
             return self._evaluate(context, micros, scale)
         return sum(float(loss.total + loss.auxiliary) for loss in losses), [loss.metrics for loss in losses]
@@ -262,16 +272,18 @@ class ZerothOrder:
         first = not self.trained
         self._refuse(context, trained)
         for item in trained:
-            item.parameter.data = item.parameter.data.contiguous()
+            if not is_sharded(item.parameter):
+                item.parameter.data = item.parameter.data.contiguous()
         self.trained = trained
         self.noise = Noise(context.seed, cpu=self.config.rng == "cpu")
         self.mode = Layerwise(context.model, trained, self.noise) if self._layerwise(context) else InPlace(trained, self.noise)
         path = context.folder / HISTORY_FILE
         if self.config.window() is None:
             self.stored = recall(path, trained, self.noise, self.moments, context.step)
-        if first and self.config.store_history and context.runtime.rank == 0:
+        if first and self.config.store_history:
             header = header_of(trained, self.noise, self.moments, self.config.window(), self.config.eps)
-            self.file = History(path, header, context.step)
+            if context.runtime.rank == 0:
+                self.file = History(path, header, context.step)
 
     def _trained(self, context: StepContext) -> list[Trained]:
         scale = {name: group.lr_scale for group in context.stack.groups(context.model) for name in group.names}
@@ -287,6 +299,8 @@ class ZerothOrder:
     def _layerwise(self, context: StepContext) -> bool:
         if self.config.perturb != "auto":
             return self.config.perturb == "layerwise"
+        if any(is_sharded(t.parameter) for t in self.trained):
+            return False
         return not penalized(context.stack) and any(t.parameter.dtype in (torch.float16, torch.bfloat16) for t in self.trained)
 
     def _refuse(self, context: StepContext, trained: list[Trained]) -> None:
@@ -295,8 +309,6 @@ class ZerothOrder:
             raise RecipeError(f"{name}: nothing in this stack trains")
         if _recomputes(context.model):
             raise RecipeError(_CHECKPOINTING)
-        if any(hasattr(t.parameter, "placements") for t in trained):
-            raise RecipeError(f"{name}: sharded weights (FSDP, ZeRO) are not supported; use plain data parallel")
 
 
 def _generators(context: StepContext) -> list[tuple[torch.device, torch.Tensor]]:

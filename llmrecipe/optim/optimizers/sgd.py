@@ -22,6 +22,7 @@ class SGD(Optimizer):
     The heavy-ball momentum is Polyak's (1964).
     """
 
+    shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
     entrywise: ClassVar[bool] = True
     unscaled: ClassVar[bool] = False
 

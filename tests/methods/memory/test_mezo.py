@@ -53,7 +53,7 @@ def same(model: nn.Module, other: dict[str, Tensor]) -> bool:
 
 def direction(model: nn.Module, seed: int = 7, step: int = 0, sample: int = 0) -> dict[str, Tensor]:
     noise = zo.Noise(seed)
-    return {n: noise.normal(n, step, sample, 0, p.view(-1)).view(p.shape) for n, p in model.named_parameters()}
+    return {n: noise.normal(n, step, sample, next(zo.chunks_of(p.data))).view(p.shape) for n, p in model.named_parameters()}
 
 
 def gradient(model: nn.Module, micro: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -151,6 +151,9 @@ class Pair:
     def maximum(self, value: Tensor) -> Tensor:
         return self._joined(value, torch.maximum)
 
+    def passes(self, own: int) -> int:
+        return own
+
     def _joined(self, value: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         self.board[self.rank] = value.clone()
         self.meet.wait()
@@ -183,13 +186,16 @@ def test_two_processes_draw_the_same_noise_and_stay_bit_equal(tmp_path) -> None:
 
 
 def test_noise_depends_on_its_address_alone(monkeypatch) -> None:
-    noise, like = zo.Noise(3), torch.zeros(1000)
-    first = noise.normal("a", 5, 0, 0, like)
-    noise.normal("b", 5, 0, 0, like)
-    assert torch.equal(first, zo.Noise(3).normal("a", 5, 0, 0, like))
+    def normal(noise: zo.Noise, name: str, step: int, sample: int, index: int) -> Tensor:
+        return noise.normal(name, step, sample, zo.Chunk(index, 1000, 0, 0, torch.zeros(1000)))
+
+    noise = zo.Noise(3)
+    first = normal(noise, "a", 5, 0, 0)
+    normal(noise, "b", 5, 0, 0)
+    assert torch.equal(first, normal(zo.Noise(3), "a", 5, 0, 0))
     others = [("b", 5, 0, 0), ("a", 6, 0, 0), ("a", 5, 1, 0), ("a", 5, 0, 1)]
-    assert all(not torch.equal(first, noise.normal(*address, like)) for address in others)
-    assert not torch.equal(first, zo.Noise(4).normal("a", 5, 0, 0, like))
+    assert all(not torch.equal(first, normal(noise, *address)) for address in others)
+    assert not torch.equal(first, normal(zo.Noise(4), "a", 5, 0, 0))
     assert abs(float(first.mean())) < 0.1 and float(first.std()) == pytest.approx(1.0, abs=0.1)
 
 
@@ -197,8 +203,29 @@ def test_chunks_cover_a_tensor_once(monkeypatch) -> None:
     monkeypatch.setattr(zo, "CHUNK", 7)
     tensor = torch.zeros(5, 6)
     zo.shift(tensor, "w", zo.Noise(0), 0, 0, 2.0)
-    expected = [zo.Noise(0).normal("w", 0, 0, i, torch.zeros(s)) for i, s in enumerate((7, 7, 7, 7, 2))]
+    sizes = (7, 7, 7, 7, 2)
+    expected = [zo.Noise(0).normal("w", 0, 0, zo.Chunk(i, s, 0, 0, torch.zeros(s))) for i, s in enumerate(sizes)]
     assert torch.equal(tensor.flatten(), 2.0 * torch.cat(expected))
+
+
+@pytest.mark.parametrize("rows", [(0, 2), (2, 4), (4, 5), (1, 1)])
+def test_the_chunks_of_a_part_are_those_of_the_whole(rows: tuple[int, int], monkeypatch) -> None:
+    """Entries 6 a .. 6 b - 1 of a 5 x 6 tensor in chunks of 7: their noise is what they have in the whole."""
+    monkeypatch.setattr(zo, "CHUNK", 7)
+    whole = torch.zeros(5, 6)
+    zo.shift(whole, "w", zo.Noise(0), 3, 1, 1.0)
+
+    class Part(Tensor):
+        def to_local(self) -> Tensor:
+            return self.as_subclass(Tensor)[slice(*rows)]
+
+    divided = torch.zeros(5, 6).as_subclass(Part)
+    monkeypatch.setattr(zo, "first_entry", lambda tensor: 6 * rows[0])
+    zo.shift(divided, "w", zo.Noise(0), 3, 1, 1.0)
+    held = torch.zeros(5, 6)
+    held[slice(*rows)] = whole[slice(*rows)]
+    assert torch.equal(divided.as_subclass(Tensor), held)
+    assert [chunk.at for chunk in zo.chunks_of(divided)][:1] == ([0] if rows[0] < rows[1] else [])
 
 
 def test_the_global_generator_is_not_reseeded_and_both_sides_see_the_same(tmp_path) -> None:

@@ -3,7 +3,7 @@
     g = (L(theta + eps z) - L(theta - eps z)) / (2 eps),      theta <- theta - lr (g z + decay theta)
 
 z ~ N(0, I) in float32 depends on (run seed, step, sample, parameter name, chunk) and on nothing else: not on the order of
-parameters, not on the number of processes, not on torch's global generator.
+parameters, not on the number of processes, not on how they divide a parameter, not on torch's global generator.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
+from llmrecipe.models.sharded import first_entry, local, whole
 
 CHUNK = 1 << 24
 """Entries of a tensor that are perturbed or updated at once; the only extra memory of an in-place step."""
@@ -36,6 +37,33 @@ class Trained:
     lr_scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A run of neighbouring entries of a parameter whose noise has one address, as far as this process holds it."""
+
+    index: int
+    size: int
+    """Entries of the whole chunk."""
+    start: int
+    """Place in the chunk of the first entry that is held."""
+    at: int
+    """Place of that entry among all that this process holds of the parameter."""
+    view: Tensor
+    """The entries themselves, flat."""
+
+
+def chunks_of(parameter: Tensor) -> Iterator[Chunk]:
+    """Yield the chunks of a contiguous parameter; of a divided one those that this process holds entries of."""
+    own, first = local(parameter).view(-1), first_entry(parameter)
+    at = 0
+    while at < own.numel():
+        index, start = divmod(first + at, CHUNK)
+        size = min(CHUNK, parameter.numel() - index * CHUNK)
+        end = min(own.numel(), at + size - start)
+        yield Chunk(index, size, start, at, own[at:end])
+        at = end
+
+
 class Noise:
     """z by address."""
 
@@ -45,18 +73,22 @@ class Noise:
         self.cpu = cpu
         self.generators: dict[str, torch.Generator] = {}
 
-    def normal(self, name: str, step: int, sample: int, index: int, like: Tensor) -> Tensor:
-        """Draw N(0, 1) in float32 for chunk `index` of a parameter, in the shape and on the device of `like`."""
-        generator = self._generator("z", name, step, sample, index, like)
-        return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+    def normal(self, name: str, step: int, sample: int, chunk: Chunk) -> Tensor:
+        """Draw N(0, 1) in float32 for the entries of a parameter's chunk, on their device."""
+        return self._drawn(torch.randn, "z", name, step, sample, chunk)
 
-    def uniform(self, name: str, step: int, index: int, like: Tensor) -> Tensor:
+    def uniform(self, name: str, step: int, chunk: Chunk) -> Tensor:
         """Draw U(0, 1) in float32, for stochastic rounding."""
-        generator = self._generator("rounding", name, step, 0, index, like)
-        return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
+        return self._drawn(torch.rand, "rounding", name, step, 0, chunk)
 
-    def _generator(self, use: str, name: str, step: int, sample: int, index: int, like: Tensor) -> torch.Generator:
-        device = torch.device("cpu") if self.cpu else like.device
+    def _drawn(self, draw: Callable[..., Tensor], use: str, name: str, step: int, sample: int, chunk: Chunk) -> Tensor:
+        generator = self._generator(use, name, step, sample, chunk.index, chunk.view.device)
+        # The whole chunk, whatever part of it is held: a generator's numbers depend on how many are drawn at once.
+        drawn = draw(chunk.size, generator=generator, device=generator.device)
+        return drawn[chunk.start : chunk.start + chunk.view.numel()].to(chunk.view.device)
+
+    def _generator(self, use: str, name: str, step: int, sample: int, index: int, place: torch.device) -> torch.Generator:
+        device = torch.device("cpu") if self.cpu else place
         generator = self.generators.get(str(device))
         if generator is None:
             generator = self.generators[str(device)] = torch.Generator(device)
@@ -65,15 +97,10 @@ class Noise:
         return generator.manual_seed(key >> 1)
 
 
-def tensor_chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, flat view) of each chunk of a contiguous tensor."""
-    yield from enumerate(tensor.view(-1).split(CHUNK))
-
-
 def shift(tensor: Tensor, name: str, noise: Noise, step: int, sample: int, scale: float) -> None:
     """Add scale z to a tensor in place, one chunk of z at a time."""
-    for index, view in tensor_chunks(tensor):
-        view.add_(noise.normal(name, step, sample, index, view), alpha=scale)
+    for chunk in chunks_of(tensor):
+        chunk.view.add_(noise.normal(name, step, sample, chunk), alpha=scale)
 
 
 class Perturbation(Protocol):
@@ -267,12 +294,12 @@ class UpdateMoments:
     weight_decay: float = 0.0
 
 
-def gradient_estimate(item: Trained, noise: Noise, entry: StepEstimate, index: int, like: Tensor) -> Tensor:
+def gradient_estimate(item: Trained, noise: Noise, entry: StepEstimate, chunk: Chunk) -> Tensor:
     """Return e = mean_i g_i z_i of one chunk, in float32 (float64 for float64 parameters)."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    total = torch.zeros_like(like, dtype=dtype)
+    dtype = torch.float64 if chunk.view.dtype == torch.float64 else torch.float32
+    total = torch.zeros_like(chunk.view, dtype=dtype)
     for sample, g in enumerate(entry.g):
-        total.add_(noise.normal(item.name, entry.step, sample, index, like), alpha=g / len(entry.g))
+        total.add_(noise.normal(item.name, entry.step, sample, chunk), alpha=g / len(entry.g))
     return total
 
 
@@ -296,32 +323,32 @@ def update(
             absorb(item, noise, moments, now, stored)
         lr = now.lr * item.lr_scale
         decay = lr * moments.weight_decay if item.decays else 0.0
-        for index, view in tensor_chunks(item.parameter.data):
+        for chunk in chunks_of(item.parameter.data):
             if stored is None:
-                m, v = torch.zeros((), device=view.device), torch.zeros((), device=view.device)
+                m, v = torch.zeros((), device=chunk.view.device), torch.zeros((), device=chunk.view.device)
                 for entry in window if moments.kind != "sgd" else (now,):
-                    m, v = _advance(m, v, gradient_estimate(item, noise, entry, index, view), moments)
+                    m, v = _advance(m, v, gradient_estimate(item, noise, entry, chunk), moments)
             else:
-                m, v = (_flat_chunk(t, index) for t in stored[item.name])
-            _apply(view, _direction(m, v, count, moments), lr, decay, noise, item.name, now.step, index)
+                m, v = (_beside(t, chunk) for t in stored[item.name])
+            _apply(chunk, _direction(m, v, count, moments), lr, decay, noise, item.name, now.step)
 
 
 def absorb(
     item: Trained, noise: Noise, moments: UpdateMoments, entry: StepEstimate, stored: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
     """Update the stored moments of one tensor by one estimate."""
-    for index, view in tensor_chunks(item.parameter.data):
-        m, v = (_flat_chunk(t, index) for t in stored[item.name])
-        after_m, after_v = _advance(m, v, gradient_estimate(item, noise, entry, index, view), moments)
+    for chunk in chunks_of(item.parameter.data):
+        m, v = (_beside(t, chunk) for t in stored[item.name])
+        after_m, after_v = _advance(m, v, gradient_estimate(item, noise, entry, chunk), moments)
         m.copy_(after_m)
         v.copy_(after_v)
 
 
 def new_moments(trained: Iterable[Trained]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return name -> (m, v) at zero, in float32."""
+    """Return name -> (m, v) at zero, in float32; of a divided parameter for what this process holds."""
 
     def zeros(item: Trained) -> Tensor:
-        return torch.zeros(item.parameter.shape, dtype=torch.float32, device=item.parameter.device)
+        return torch.zeros_like(local(item.parameter.data), dtype=torch.float32)
 
     return {item.name: (zeros(item), zeros(item)) for item in trained}
 
@@ -343,11 +370,13 @@ def _direction(m: Tensor, v: Tensor, count: int, moments: UpdateMoments) -> Tens
     return first / (second.sqrt() + moments.eps)
 
 
-def _flat_chunk(tensor: Tensor, index: int) -> Tensor:
-    return tensor.view(-1).split(CHUNK)[index]
+def _beside(moment: Tensor, chunk: Chunk) -> Tensor:
+    """Return the entries of a stored moment that belong to those of a chunk."""
+    return moment.view(-1)[chunk.at : chunk.at + chunk.view.numel()]
 
 
-def _apply(view: Tensor, d: Tensor, lr: float, decay: float, noise: Noise, name: str, step: int, index: int) -> None:
+def _apply(chunk: Chunk, d: Tensor, lr: float, decay: float, noise: Noise, name: str, step: int) -> None:
+    view = chunk.view
     narrow = view.dtype in (torch.float16, torch.bfloat16)
     wide = view.float() if narrow else view
     if decay:
@@ -355,7 +384,7 @@ def _apply(view: Tensor, d: Tensor, lr: float, decay: float, noise: Noise, name:
     wide.add_(d, alpha=-lr)
     if narrow and lr:
         # An update far below the spacing of 16-bit numbers would round away; rounded at random it survives on average.
-        view.copy_(round_at_random(wide, view.dtype, noise.uniform(name, step, index, view)))
+        view.copy_(round_at_random(wide, view.dtype, noise.uniform(name, step, chunk)))
 
 
 def round_at_random(value: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
@@ -376,10 +405,10 @@ def shapes_digest(trained: Iterable[Trained]) -> str:
 
 
 def values_digest(trained: Iterable[Trained]) -> str:
-    """Hash a strided sample of the trained values."""
+    """Hash a strided sample of the trained values; every process that holds a part of them calls it."""
     digest = hashlib.blake2b(digest_size=16)
     for item in sorted(trained, key=lambda t: t.name):
-        flat = item.parameter.detach().reshape(-1)
+        flat = whole(item.parameter.detach()).reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
         digest.update(item.name.encode() + sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
