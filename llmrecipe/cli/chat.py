@@ -33,6 +33,9 @@ def verb(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text before which an answer ends; may be repeated.")
+    ] = None,
     use: Annotated[
         list[str] | None,
         typer.Option("--use", metavar="NAME", help="Answer with this run (or task); may be repeated. Default: with all."),
@@ -46,11 +49,13 @@ def verb(
     from llmrecipe.cli.early_checks import answerers
 
     more, overrides = runs_and_overrides(words)
+    if "" in (stop or []):
+        raise UserError("--stop: an empty text would end every answer before it begins; name a text")
     answerers([path, *more], overrides)
     from llmrecipe.engine.sampling import Sampling
     from llmrecipe.evaluation.chat import Chat
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed if temperature else None)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed=seed if temperature else None, stop=tuple(stop or ()))
     chat = Chat.open([path, *more], overrides, sampling, system)
     chat.use(use or [])
     if prompt:

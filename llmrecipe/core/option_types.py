@@ -35,6 +35,9 @@ def registered(group: str, *others: str, open: bool = False) -> dict[str, JsonVa
 LossMaskName = Annotated[str, Field(json_schema_extra=registered("loss_mask"))]
 """The name of a loss mask."""
 
+StopText = Annotated[str, Field(min_length=1)]
+"""A text before which a generated answer ends."""
+
 Rank = Annotated[int, Field(gt=0, le=65536)]
 """The inner width of an added module: a rank, a bottleneck, a number of virtual tokens."""
 
@@ -66,4 +69,5 @@ __all__ = [
     "PositiveInt",
     "Rank",
     "RefSync",
+    "StopText",
 ]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.engine.answer_ends import AnswerEnds
 from llmrecipe.engine.sampling import NextTokens, Sampling
 from llmrecipe.models import kv_cache
 
@@ -75,7 +76,7 @@ class RunningBatch:
     """The rows that are being decoded and their cache.
 
     Args:
-        ends: tokens that end an answer.
+        ends: decides where answers end.
     """
 
     cache: RowCache
@@ -87,11 +88,11 @@ class RunningBatch:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         picker: NextTokens,
-        ends: Sequence[int],
+        ends: AnswerEnds,
         context: Context,
     ):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.picker, self.ends, self.context = picker, frozenset(ends), context
+        self.picker, self.ends, self.context = picker, ends, context
         self.device = next(model.parameters()).device
         takes = inspect.signature(model.forward).parameters
         self.reads_positions = "position_ids" in takes
@@ -178,7 +179,7 @@ class RunningBatch:
         """Append each row's token and return whether its answer ends with it."""
         for row, token in zip(rows, tokens, strict=True):
             row.new.append(token)
-        return [t in self.ends or len(row.new) == self.sampling.max_new_tokens for row, t in zip(rows, tokens, strict=True)]
+        return [self.ends.reached(row.new) for row in rows]
 
     def context_of(self, rows: Sequence[DecodingRow], columns: int) -> Context:
         """Return the context of a pass over the rows' newest tokens."""

@@ -13,19 +13,20 @@ scores of three tokens must be those of the uncached way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import reason_of
 from llmrecipe.core.forward_context import Context, activate
+from llmrecipe.engine.answer_ends import AnswerEnds, StopRows
 from llmrecipe.engine.continuous_batching import PendingPrompt, RunningBatch, decode_continuously, open_prompts, pad_token
 from llmrecipe.engine.row_reading import in_full_precision
 from llmrecipe.engine.sampling import NextTokens, PickerProcessor, Sampling
@@ -54,8 +55,8 @@ class Decoding:
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     picker: NextTokens
-    ends: Sequence[int]
-    """Tokens that end an answer."""
+    ends: AnswerEnds
+    """Decides where answers end."""
     context: Context
     """Of the forward passes; masks and tasks are filled in."""
 
@@ -94,7 +95,7 @@ def uncached(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple
     plain = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     for request in requests:
         new: list[int] = []
-        while len(new) < job.sampling.max_new_tokens and not (new and new[-1] in job.ends):
+        while not (new and job.ends.reached(new)):
             read = request if pair else replace(request, ids=(*request.ids, *new))
             ids, own = open_prompts(model, job.tokenizer, [read], job.context)
             own = replace(own, prompt_lengths=torch.tensor([len(request.ids)], device=ids.device))
@@ -151,7 +152,8 @@ def _scores(way: Decoder, job: Decoding, task: int | None) -> Scores | Exception
     embedding = input_embedding(job.model)
     rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 2
     picker = _GivenTokens(rows)
-    trial = replace(job, sampling=Sampling(NEW, batch=2), picker=picker, ends=())
+    sampling = Sampling(NEW, batch=2)
+    trial = replace(job, sampling=sampling, picker=picker, ends=AnswerEnds(job.tokenizer, (), sampling))
     order = sorted(range(len(LENGTHS)), key=lambda i: -LENGTHS[i])
     prompts = [PendingPrompt(i, tuple((5 * i + k + 3) % rows for k in range(LENGTHS[i])), task) for i in order]
     device = next(job.model.parameters()).device
@@ -208,7 +210,7 @@ def _batch(job: Decoding, requests: Sequence[PendingPrompt]) -> list[list[int]]:
     config = GenerationConfig(
         max_new_tokens=job.sampling.max_new_tokens,
         do_sample=False,
-        eos_token_id=list(job.ends) or None,
+        eos_token_id=sorted(job.ends.tokens) or None,
         pad_token_id=pad_token(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
@@ -217,6 +219,10 @@ def _batch(job: Decoding, requests: Sequence[PendingPrompt]) -> list[list[int]]:
     more: dict[str, Any] = {} if picker.greedy else {"logits_processor": [PickerProcessor(picker, [a.index for a in requests])]}
     if kv_cache.sharded(model):
         more["synced_gpus"] = True
+    start = 1 if getattr(model.config, "is_encoder_decoder", False) else ids.shape[1]
+    stops = StopRows(job.ends, start)
+    if job.ends.stops:
+        more["stopping_criteria"] = StoppingCriteriaList([stops])
     # Transformers fills what a config leaves open from the checkpoint's own settings (top_p, penalties, banned words).
     kept = getattr(model, "generation_config", None)
     try:
@@ -225,11 +231,10 @@ def _batch(job: Decoding, requests: Sequence[PendingPrompt]) -> list[list[int]]:
             out = model.generate(input_ids=ids, attention_mask=own.attention_mask, generation_config=config, **more)
     finally:
         model.generation_config = kept
-    new = out[:, 1:] if getattr(model.config, "is_encoder_decoder", False) else out[:, ids.shape[1] :]
-    return [_cut(row, job.ends) for row in new.tolist()]
+    return [_cut(row[: stops.lengths.get(i)], job.ends.tokens) for i, row in enumerate(out[:, start:].tolist())]
 
 
-def _cut(ids: list[int], ends: Sequence[int]) -> list[int]:
+def _cut(ids: list[int], ends: Collection[int]) -> list[int]:
     for i, token in enumerate(ids):
         if token in ends:
             return ids[: i + 1]

@@ -18,6 +18,7 @@ import torch
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.forward_context import Context, current
+from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.continuous_batching import PendingPrompt
 from llmrecipe.engine.decoders import Decoding, decoder_of, equal, left_padded
 from llmrecipe.engine.sampling import Picker, Report, Sampling
@@ -105,7 +106,7 @@ def answered(
     if tasks is None and context.task_ids is not None:
         tasks = context.task_ids[:, 0].expand(len(prompts)).tolist()
     picker = Picker(sampling, range(len(prompts)) if keys is None else keys, report)
-    ends = end_tokens(model, tokenizer)
+    ends = answer_ends(model, tokenizer, sampling)
     # Long prompts first: the largest batch comes first, and like lengths share a pass.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     requests = [PendingPrompt(i, tuple(prompts[i]), None if tasks is None else tasks[i]) for i in order]
@@ -120,13 +121,6 @@ def answered(
             yield i, tokens
     finally:
         model.train(was_training)
-
-
-def end_tokens(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those the checkpoint's generation settings name."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return sorted({int(t) for t in found if t is not None})
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

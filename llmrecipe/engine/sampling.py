@@ -36,6 +36,8 @@ class Sampling:
     """Answers generated at once."""
     seed: int | None = None
     """Seed of the sampling; None draws one from the running random state."""
+    stop: tuple[str, ...] = ()
+    """Texts before which an answer ends."""
 
 
 class NextTokens(Protocol):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from llmrecipe.core.errors import UserError
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
-from llmrecipe.engine.generation import decode_ids, generate
+from llmrecipe.engine.answer_ends import answer_ends
+from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.evaluation.open_several import REQUESTED, open_several
@@ -78,7 +79,8 @@ class Chat:
             new = self.adapters.generate(prompts, names, self.sampling)
         else:
             new = generate(self.loaded.model, self.loaded.tokenizer, prompts, self.sampling)
-        return [decode_ids(self.loaded.tokenizer, ids) for ids in new]
+        ends = answer_ends(self.loaded.model, self.loaded.tokenizer, self.sampling)
+        return [ends.text(ids) for ids in new]
 
     def answer(self, text: str, remember: bool = True) -> str:
         """Return the model's answer to one more user turn."""

@@ -30,7 +30,8 @@ from torch import Tensor
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
 from llmrecipe.data.collate import Sequence as Tokens
-from llmrecipe.engine.generation import decode_ids, end_tokens, generate
+from llmrecipe.engine.answer_ends import end_tokens
+from llmrecipe.engine.generation import decode_ids, generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_model import Subject
 from llmrecipe.objectives.alignment._engines.kl import kl_estimate

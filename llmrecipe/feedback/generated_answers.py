@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmrecipe.core import registry
 from llmrecipe.core.forward_context import current
+from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.generation import decode_ids, generate, prompt_and_reference
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
@@ -48,12 +49,13 @@ def _answered(
     if examples is not None:
         # What a hypermodel writes serves every token of these answers.
         context, adapters = replace(context, examples=examples, computed={}), list(range(len(rows)))
+    ends = answer_ends(roles.model, roles.tokenizer, sampling)
     answers = generate(roles.model, roles.tokenizer, [p for p, _ in pairs], sampling, context, adapters)
     return [
         {
             "prompt": decode_ids(roles.tokenizer, prompt),
             "reference": reference,
-            "answer": decode_ids(roles.tokenizer, answer),
+            "answer": ends.text(answer),
             "task": None if tasks is None else tasks[i],
         }
         for i, ((prompt, reference), answer) in enumerate(zip(pairs, answers, strict=True))

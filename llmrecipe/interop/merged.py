@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.errors import ModelError, RunError
-from llmrecipe.engine.generation import end_tokens
+from llmrecipe.engine.answer_ends import end_tokens
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmrecipe.core.option_types import registered
+from llmrecipe.core.option_types import StopText, registered
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -306,6 +306,7 @@ class EvalSection(Section):
     )
     samples: NonNegativeInt = Field(0, description="Generate this many answers at each evaluation.")
     max_new_tokens: PositiveInt = Field(64, description="Length limit of generated answers.")
+    stop: list[StopText] = Field(default_factory=list, description="Texts before which a generated answer ends.")
 
 
 class SaveSection(Section):

@@ -139,8 +139,9 @@ def generated(evaluation: Evaluation, data: Rows) -> tuple[list[dict[str, Any]],
         count = min(count, section.batches * evaluation.batch_size)
     own = list(range(count))[evaluation.runtime.rank :: evaluation.runtime.world]
     examples = (lambda indices: objective.examples_of(data, indices, roles)) if objective.gives_examples else None
+    sampling = Sampling(max_new_tokens=section.max_new_tokens, stop=tuple(section.stop))
     with evaluation.runtime.gathered(roles.prepared), lasting(f"generating answers to {len(own):,} rows"):
-        rows = answer_rows(data, roles, own, Sampling(max_new_tokens=section.max_new_tokens), examples)
+        rows = answer_rows(data, roles, own, sampling, examples)
     rows = [row for part in evaluation.runtime.gather_json(rows) for row in part]
     for row in rows[: section.samples]:
         evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=row["reference"])

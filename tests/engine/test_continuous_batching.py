@@ -11,7 +11,8 @@ from torch import nn
 
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.engine import continuous_batching, generation
-from llmrecipe.engine.generation import end_tokens, generate
+from llmrecipe.engine.answer_ends import end_tokens
+from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Picker, Sampling, stream
 from llmrecipe.models import kv_cache
 from tests.methods.additive.harness import model_of

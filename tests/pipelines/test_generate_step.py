@@ -36,6 +36,22 @@ def test_greedy_rows_are_what_chat_answers(tmp_path: Path) -> None:
     assert (metrics["train/rows"], metrics["answers"]) == (6, 6)
 
 
+def test_answers_end_before_a_stop_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same rows as without, cut; an answer that reached one has come to its end. `chat` and `eval` cut alike."""
+    words = ["temperature=0", "max_new_tokens=24", "limit=3"]
+    whole = [row["completion"] for row in generated(tmp_path / "whole", *words)]
+    stop = whole[0].split()[1]
+    rows = [row["completion"] for row in generated(tmp_path / "cut", *words, f"stop=[{stop}]", "cut=drop")]
+    assert rows == [text.split(stop)[0].strip() for text in whole] and rows != whole
+    prompts = read_prompts("builtin:prompts", limit=3)
+    assert [Chat.open(["tiny"], [], Sampling(24, stop=(stop,))).answer(p.turns[0]["content"]) for p in prompts[:1]] == rows[:1]
+    capsys.readouterr()
+    assert app.run_command(["chat", "tiny", "-p", prompts[0].turns[0]["content"], "--stop", stop]) == 0
+    assert capsys.readouterr().out.strip() == rows[0]
+    assert app.run_command(["chat", "tiny", "-p", "Hello", "--stop", ""]) == 2 and "--stop: an empty" in capsys.readouterr().err
+    assert app.run_command(["generate", *SMALL, "stop=['']"]) == 2 and "stop" in capsys.readouterr().err
+
+
 def test_a_stopped_generation_goes_on_to_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = generated(tmp_path / "whole", "n=2")
     assert all(len(r["completions"]) == 2 for r in whole)

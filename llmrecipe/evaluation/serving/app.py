@@ -226,9 +226,9 @@ class Api:
     async def _reply(self, request: Request, given: AnyRequest, name: str, prompts: list[list[int]]) -> Response:
         new = self.model.room(prompts, given.tokens_wanted(), self.limits)
         hot = 1.0 if given.temperature is None else given.temperature
-        sampling = Sampling(new, hot, given.top_p or 1.0, given.top_k or 0, 1, _seed(given.seed))
+        sampling = Sampling(new, hot, given.top_p or 1.0, given.top_k or 0, 1, _seed(given.seed), tuple(given.stops()))
         deadline = time.monotonic() + self.limits.seconds
-        job = AnswerJob(name, prompts, sampling, given.stops(), isinstance(given, ChatRequest), deadline)
+        job = AnswerJob(name, prompts, sampling, isinstance(given, ChatRequest), deadline)
         pieces = self.answers.pieces(job, given.n or 1)
         form = _Form(given, name, sum(map(len, prompts)))
         if given.stream:

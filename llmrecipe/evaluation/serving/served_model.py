@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from llmrecipe.core.errors import UserError, did_you_mean
 from llmrecipe.core.forward_context import Context
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
-from llmrecipe.engine.generation import answered, decode_ids, end_tokens
+from llmrecipe.engine.answer_ends import answer_ends
+from llmrecipe.engine.generation import answered
 from llmrecipe.engine.sampling import Report, Sampling
 from llmrecipe.evaluation.chat import Chat
 from llmrecipe.evaluation.serving.api_error import ApiError
@@ -48,7 +49,7 @@ class AnswerJob:
     prompts: list[list[int]]
     """Token ids of each prompt."""
     sampling: Sampling
-    stops: list[str]
+    """How tokens are picked, and the stop texts."""
     stripped: bool
     """Whether white space around the answer is taken off, as `llmrecipe chat` does."""
     deadline: float
@@ -70,8 +71,8 @@ class Cancelled(Exception):
     """Nobody waits for the answer any more."""
 
 
-class _StopText(Exception):
-    """A stop text ended the answer."""
+class _AnswerEnded(Exception):
+    """An end token or a stop text ended the answer."""
 
 
 class ServedModel:
@@ -165,44 +166,36 @@ class ServedModel:
             Cancelled: nobody waits any more.
             ApiError: the time is up.
         """
-        ends = set(end_tokens(self.chat.loaded.model, self.tokenizer))
-        stream = TextStream(
-            self._text if not job.stripped else self._stripped_text,
-            job.stops,
-            bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False)),
-        )
-        last: list[int] = []
+        ends = answer_ends(self.chat.loaded.model, self.tokenizer, job.sampling).tokens
+        cleans = bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
+        stream = TextStream(self._text, job.sampling.stop, cleans, job.stripped)
+        reason = LENGTH
 
         def report(_: int, token: int) -> None:
             check_wanted(job)
-            if last and last[0] in ends:
-                return
-            last[:] = [token]
             if piece := stream.feed(token):
                 emit(piece)
-            if stream.stopped:
-                raise _StopText
+            if stream.stopped or token in ends:
+                raise _AnswerEnded
 
         check_wanted(job)
         try:
             for _ in self._decoded(job, prompt, key, report):
                 pass
-        except _StopText:
-            return Ended(STOP, len(stream.tokens))
+        except _AnswerEnded:
+            reason = STOP
         if piece := stream.close():
             emit(piece)
-        return Ended(STOP if last and last[0] in ends else LENGTH, len(stream.tokens))
+        return Ended(reason, len(stream.tokens))
 
     def _decoded(self, job: AnswerJob, prompt: list[int], key: int, report: Report) -> Iterator[object]:
         context, tasks = Context(), None
         if self.chat.adapters is not None:
             off, _, tasks = self.chat.adapters.groups([job.model])[0]
             context = Context(off=off)
-        return answered(self.chat.loaded.model, self.tokenizer, [prompt], job.sampling, context, tasks, [key], report)
-
-    def _stripped_text(self, ids: Sequence[int]) -> str:
-        with self._tokenizing:
-            return decode_ids(self.tokenizer, ids)
+        # `report` finds stop texts as it decodes, under the lock that the tokenizer needs.
+        sampling = replace(job.sampling, stop=())
+        return answered(self.chat.loaded.model, self.tokenizer, [prompt], sampling, context, tasks, [key], report)
 
     def _text(self, ids: Sequence[int]) -> str:
         with self._tokenizing:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from llmrecipe.engine.answer_ends import first_stop
+
 BROKEN = "\ufffd"
 """What stands for the first bytes of a character whose other bytes are in the next token."""
 JOINED = len(" n't")
@@ -19,10 +21,17 @@ class TextStream:
         decode: returns the text of all tokens so far.
         stops: texts before which the answer ends.
         cleans: whether `decode` takes spaces away before punctuation.
+        stripped: whether white space around the text is taken off.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), cleans: bool = False):
-        self.decode, self.stops = decode, stops
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str] = (),
+        cleans: bool = False,
+        stripped: bool = False,
+    ):
+        self.decode, self.stops, self.stripped = decode, stops, stripped
         self.held = max([JOINED if cleans else 0, *(len(stop) - 1 for stop in stops)])
         self.tokens: list[int] = []
         self.sent = ""
@@ -34,9 +43,9 @@ class TextStream:
             return ""
         self.tokens.append(token)
         text = self.decode(self.tokens)
-        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+        if (stop := first_stop(text, self.stops)) is not None:
             self.stopped = True
-            return self._send(text[: min(found)])
+            return self._send(text[:stop])
         certain = text[: len(text) - self.held] if self.held else text
         return "" if text.endswith(BROKEN) else self._send(certain)
 
@@ -45,6 +54,7 @@ class TextStream:
         return "" if self.stopped else self._send(self.decode(self.tokens))
 
     def _send(self, text: str) -> str:
+        text = text.strip() if self.stripped else text
         if not text.startswith(self.sent):
             return ""
         piece = text[len(self.sent) :]

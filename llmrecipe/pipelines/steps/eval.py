@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, RunError
-from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
+from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt, StopText
 from llmrecipe.core.registry import register
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.pipelines.step import Step
@@ -48,6 +48,8 @@ class Eval(Step):
     """Maximum number of prompts whose answers are rewarded, from the first."""
     max_new_tokens: PositiveInt = 64
     """Maximum number of tokens of a generated answer."""
+    stop: list[StopText] = Field(default_factory=list)
+    """Texts before which a generated answer ends."""
     batch: PositiveInt = 16
     """Answers generated at once."""
     words: list[str] = Field(default_factory=list)
@@ -86,6 +88,8 @@ class Eval(Step):
         if self.data is not None:
             # Rows of other files have other splits: those the recipe cut from its own do not count.
             own |= {("data", "path"): self.data, ("data", "validation"): None, ("data", "test"): None}
+        if self.stop:
+            own["eval", "stop"] = self.stop
         if self.metrics:
             own["eval", "metrics"] = self.metrics
         return [*(as_word(key, value) for key, value in own.items()), *self.words]
@@ -100,26 +104,28 @@ class Eval(Step):
     def _rewarded(self, work: Work, subject: Subject) -> dict[str, float]:
         """Compute the mean rewards of greedy answers."""
         from llmrecipe.data.tokenize.chat_templates import prompt_ids
-        from llmrecipe.engine.generation import answered, decode_ids, end_tokens
+        from llmrecipe.engine.answer_ends import answer_ends
+        from llmrecipe.engine.generation import answered, decode_ids
         from llmrecipe.engine.sampling import Sampling
 
         rewards = Rewards(self.reward, "reward")
         rewards.open(subject.roles)
         tokenizer, model = subject.loaded.tokenizer, subject.roles.model
-        ends = end_tokens(model, tokenizer)
+        sampling = Sampling(self.max_new_tokens, batch=self.batch, stop=tuple(self.stop))
+        ends = answer_ends(model, tokenizer, sampling)
         prompts = self._prompts(subject.composition.recipe.data, "eval", self.limit, rewards.needs())
         requested: list[dict[str, Any]] = [
             {"ids": prompt_ids(tokenizer, p.turns, p.tools, p.kwargs), "columns": p.columns} for p in prompts
         ]
 
         def answer(part: list[list[int]], keys: list[str]) -> Iterator[tuple[int, list[int]]]:
-            return answered(model, tokenizer, part, Sampling(self.max_new_tokens, batch=self.batch))
+            return answered(model, tokenizer, part, sampling)
 
         def ask(part: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
             answers = []
             for r in part:
-                texts = decode_ids(tokenizer, r["ids"]), decode_ids(tokenizer, r["new"])
-                answers.append(Answer(*texts, r["columns"], r["ids"], r["new"], r["new"][-1] in ends))
+                texts = decode_ids(tokenizer, r["ids"]), ends.text(r["new"])
+                answers.append(Answer(*texts, r["columns"], r["ids"], r["new"], ends.finished(r["new"])))
             total, own = rewards.score(answers)
             named = {f"reward/{name}": scores for name, scores in own.items()}
             return [

@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import DataError, RecipeError
-from llmrecipe.core.option_types import ClassVar, Field, Fraction, Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
+from llmrecipe.core.option_types import (
+    ClassVar,
+    Field,
+    Fraction,
+    Literal,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    StopText,
+)
 from llmrecipe.core.registry import register
 from llmrecipe.pipelines.step import Row, Step
 from llmrecipe.recipe.step_spec import unfinished
@@ -51,6 +60,8 @@ class Generate(Step):
     """Draw from this many likeliest tokens; 0 is all."""
     max_new_tokens: PositiveInt = 128
     """Maximum number of tokens of an answer."""
+    stop: list[StopText] = Field(default_factory=list)
+    """Texts before which an answer ends, such as a newline."""
     cut: Literal["keep", "drop"] = "keep"
     """What happens to answers that reached `max_new_tokens` before their end."""
     system: str | None = None
@@ -154,18 +165,19 @@ class Generate(Step):
         self, subject: Subject, part: list[list[int]], keys: list[str], seed: int
     ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """Yield (index, n answers) of each prompt, once the last of them has ended."""
-        from llmrecipe.engine.generation import answered, decode_ids, end_tokens
+        from llmrecipe.engine.answer_ends import answer_ends
+        from llmrecipe.engine.generation import answered
         from llmrecipe.engine.sampling import Sampling
 
         model, tokenizer = subject.roles.model, subject.loaded.tokenizer
-        ends = end_tokens(model, tokenizer)
-        sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.batch, seed)
+        sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.batch, seed, tuple(self.stop))
+        ends = answer_ends(model, tokenizer, sampling)
         prompts = [ids for ids in part for _ in range(self.n)]
         streams = [f"{key}/{j}" for key in keys for j in range(self.n)]
         found: list[dict[int, dict[str, Any]]] = [{} for _ in part]
         for i, ids in answered(model, tokenizer, prompts, sampling, keys=streams):
             place, which = divmod(i, self.n)
-            found[place][which] = {"text": decode_ids(tokenizer, ids), "tokens": len(ids), "finished": ids[-1] in ends}
+            found[place][which] = {"text": ends.text(ids), "tokens": len(ids), "finished": ends.finished(ids)}
             if len(found[place]) == self.n:
                 yield place, [found[place][j] for j in range(self.n)]
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch, Sequence
+from llmrecipe.engine.answer_ends import end_tokens
 from llmrecipe.engine.forward import Critic
-from llmrecipe.engine.generation import decode_ids, end_tokens, generate
+from llmrecipe.engine.generation import decode_ids, generate
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.methods._base.late_values import Largest, Smallest
