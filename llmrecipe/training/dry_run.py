@@ -211,7 +211,7 @@ def _build(composition: Composition, made: StackChoices | None) -> _Built:
 
 
 def _memory(built: _Built, made: StackChoices | None, follow: bool) -> tuple[Estimate, list[str]]:
-    """Return the memory of the run, and a note on each model beside the policy that could not be looked at."""
+    """Return the memory of the run, and a note on each other model than the policy that could not be looked at."""
     settings, stack, model, report = built.settings, built.stack, built.model, built.data.report
     most, per_step = settings.batch.tokens or micro_tokens(torch.device(built.device)), built.tokens_per_step()
     micro = most if per_step is None else min(per_step, most)

@@ -329,7 +329,7 @@ def update(
                 for entry in window if moments.kind != "sgd" else (now,):
                     m, v = _advance(m, v, gradient_estimate(item, noise, entry, chunk), moments)
             else:
-                m, v = (_beside(t, chunk) for t in stored[item.name])
+                m, v = (_of_chunk(t, chunk) for t in stored[item.name])
             _apply(chunk, _direction(m, v, count, moments), lr, decay, noise, item.name, now.step)
 
 
@@ -338,7 +338,7 @@ def absorb(
 ) -> None:
     """Update the stored moments of one tensor by one estimate."""
     for chunk in chunks_of(item.parameter.data):
-        m, v = (_beside(t, chunk) for t in stored[item.name])
+        m, v = (_of_chunk(t, chunk) for t in stored[item.name])
         after_m, after_v = _advance(m, v, gradient_estimate(item, noise, entry, chunk), moments)
         m.copy_(after_m)
         v.copy_(after_v)
@@ -370,7 +370,7 @@ def _direction(m: Tensor, v: Tensor, count: int, moments: UpdateMoments) -> Tens
     return first / (second.sqrt() + moments.eps)
 
 
-def _beside(moment: Tensor, chunk: Chunk) -> Tensor:
+def _of_chunk(moment: Tensor, chunk: Chunk) -> Tensor:
     """Return the entries of a stored moment that belong to those of a chunk."""
     return moment.view(-1)[chunk.at : chunk.at + chunk.view.numel()]
 
