@@ -30,6 +30,7 @@ EXTRAS = {
     "kernels": ("liger-kernel",),
     "eval": ("lm-eval",),
     "metrics": ("sacrebleu",),
+    "gguf": ("gguf",),
     "serve": ("starlette", "uvicorn"),
 }
 

@@ -19,16 +19,24 @@ def verb(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="merged: a Transformers folder; peft, adapter_hub: adapter folders; sentence_transformers: an encoder."
+            "--to",
+            help="merged: a Transformers folder; peft, adapter_hub: adapter folders; gguf: a file for llama.cpp and Ollama; "
+            "sentence_transformers: an encoder.",
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default: RUN/<format>.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of merged weights; auto keeps that of the base.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Dtype of merged weights; auto keeps that of the base; gguf: also q8_0.")
+    ] = "auto",
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of a method trained for several (dylora).")] = None,
     as_: Annotated[str | None, typer.Option("--as", help="lora: write AdaLoRA as plain LoRA.")] = None,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="One rank and scale for servers that ignore patterns (vLLM).")
     ] = False,
+    converter: Annotated[
+        str | None,
+        typer.Option("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py; default: the one on the PATH."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="OWNER/NAME", help="Hub id of the base model, where the run knows a folder.")
     ] = None,
@@ -59,24 +67,14 @@ def verb(
 ) -> None:
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""
     from llmrecipe.cli.early_checks import finished
-    from llmrecipe.core.errors import UserError, did_you_mean
-    from llmrecipe.interop.export_options import FORMATS, OTHER_TOOLS, ExportOptions
+    from llmrecipe.core.errors import UserError
+    from llmrecipe.interop.export_options import ExportOptions
     from llmrecipe.interop.merge_options import MergeConfig
     from llmrecipe.interop.run_plugins import open_plugins_of
     from llmrecipe.runs.durable import share_as_folder
 
-    if to in OTHER_TOOLS:
-        raise UserError(
-            f"--to {to}: not written by llmrecipe; write a merged folder (llmrecipe export {run} --to merged --out FOLDER): "
-            f"{OTHER_TOOLS[to]} (allowed: {', '.join(FORMATS)})"
-        )
-    for key, value, allowed in (
-        ("--to", to, FORMATS),
-        ("--dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
-        ("--as", as_ or "lora", ("lora",)),
-    ):
-        if value not in allowed:
-            raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+    if as_ not in (None, "lora"):
+        raise UserError(f"--as: there is no '{as_}' (allowed: lora)")
     if base is not None:
         from llmrecipe.interop.export_card import check_hub_id
 
@@ -86,12 +84,22 @@ def verb(
     names = [str(run), *(path for path, _ in added)]
     for name in names:
         open_plugins_of(name)
-    config = MergeConfig(combine, density, sign, seed, more)
-    config.check()
+    others = {str(Path(path).resolve()): share for path, share in added}
+    options = ExportOptions(
+        to,
+        dtype,
+        rank,
+        as_ == "lora",
+        uniform,
+        converter,
+        base,
+        weight,
+        others,
+        MergeConfig(combine, density, sign, seed, more),
+    )
+    options.check(str(run))
     for name in names:
         finished(name)
-    others = {str(Path(path).resolve()): share for path, share in added}
-    options = ExportOptions(to, dtype, rank, as_ == "lora", uniform, base, weight, others, config)
     from llmrecipe.interop.export_run import export_run
 
     with lasting(f"exporting {run}"):

@@ -24,11 +24,12 @@ BASE_KEYS = ("base_model_name_or_path", "model_name")
 LIBRARIES = {
     "merged": "transformers",
     "peft": "peft",
+    "gguf": "gguf",
     "adapter_hub": "adapters",
     "sentence_transformers": "sentence-transformers",
 }
 """Format -> the library the hub lists its folders under."""
-RELATIONS = {"merged": "finetune", "sentence_transformers": "finetune"}
+RELATIONS = {"merged": "finetune", "gguf": "finetune", "sentence_transformers": "finetune"}
 """Format -> how the hub relates it to its base, where it is no adapter."""
 SNIPPETS = {
     "merged": "from transformers import pipeline\n\npipe = pipeline({task!r}, model={here!r})",
@@ -36,6 +37,12 @@ SNIPPETS = {
         "from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
         "base = {auto}.from_pretrained({base!r})\nmodel = PeftModel.from_pretrained(base, {here!r})\n"
         "tokenizer = AutoTokenizer.from_pretrained({here!r})"
+    ),
+    "gguf": (
+        "# llama-server -m model.gguf --jinja, or: ollama create NAME -f Modelfile\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained({here!r}, gguf_file='model.gguf')\n"
+        "tokenizer = AutoTokenizer.from_pretrained({here!r}, gguf_file='model.gguf')"
     ),
     "adapter_hub": (
         "from adapters import AutoAdapterModel\n\nmodel = AutoAdapterModel.from_pretrained({base!r})\n"

@@ -7,16 +7,34 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from llmrecipe.core.errors import UserError, did_you_mean
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.interop.merge_options import MergeConfig
 
-FORMATS = ("merged", "peft", "adapter_hub", "sentence_transformers")
+FORMATS = ("merged", "peft", "gguf", "adapter_hub", "sentence_transformers")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Q8_0 = "q8_0"
+"""Dtype of a GGUF file alone: 8 bits a weight, and a scale for each 32."""
+COMPRESSED = (
+    "from llmcompressor import oneshot; {imports}; oneshot(model='FOLDER', recipe=[{recipe}], dataset='ultrachat_200k', "
+    "splits='train_sft[:256]', output_dir='FOLDER-{name}')"
+)
+"""Python that quantizes a merged folder with llm-compressor."""
 OTHER_TOOLS = {
-    "gguf": "llama.cpp's own converter reads it: python llama.cpp/convert_hf_to_gguf.py FOLDER --outfile FILE.gguf",
-    "awq": "llm-compressor, which chooses the scales from sample texts, reads it",
-    "gptq": "llm-compressor, which rounds the weights by sample texts, reads it",
+    "awq": COMPRESSED.format(
+        name="awq",
+        imports="from llmcompressor.modifiers.quantization import QuantizationModifier; "
+        "from llmcompressor.modifiers.transform.awq import AWQModifier",
+        recipe="AWQModifier(), QuantizationModifier(targets=['Linear'], scheme='W4A16_ASYM', ignore=['lm_head'])",
+    ),
+    "gptq": COMPRESSED.format(
+        name="gptq",
+        imports="from llmcompressor.modifiers.gptq import GPTQModifier",
+        recipe="GPTQModifier(targets=['Linear'], scheme='W4A16', ignore=['lm_head'])",
+    ),
 }
-"""Formats that are not written here -> what writes them from a merged folder."""
+"""Formats that llm-compressor writes from a merged folder -> the Python that does it."""
+GGUF_FILE = "model.gguf"
 OPTIONS_FILE = "export.json"
 """File in an exported folder that says how it was exported."""
 
@@ -31,12 +49,39 @@ class ExportOptions:
     rank: int | None = None
     as_lora: bool = False
     uniform: bool = False
+    converter: str | None = None
+    """llama.cpp's converter for a GGUF file; None takes the one on the PATH, if any."""
     base: str | None = None
     """Hub id of the base model that the written folder names; None names it as the run does."""
     weight: float = 1.0
     add: Mapping[str, float] = field(default_factory=dict)
     """Run or PEFT folder -> its weight in a combination."""
     merge: MergeConfig = field(default_factory=MergeConfig)
+
+    def check(self, run: str) -> None:
+        """Refuse values that no export has.
+
+        Args:
+            run: what is exported, for the command of another tool.
+
+        Raises:
+            UserError: naming the option and what it may be.
+        """
+        if self.to in OTHER_TOOLS:
+            raise UserError(
+                f"--to {self.to}: not written by llmrecipe: such weights are chosen by sample texts, which llm-compressor "
+                "does, and its releases pin a transformers of their own. "
+                f"Merge first: llmrecipe export {run} --to merged --out FOLDER. Then, in another environment: "
+                f'pip install llmcompressor && python -c "{OTHER_TOOLS[self.to]}" '
+                f"(allowed: {', '.join(FORMATS)})"
+            )
+        dtypes = (*DTYPES, Q8_0) if self.to == "gguf" else DTYPES
+        for key, value, allowed in (("--to", self.to, FORMATS), ("--dtype", self.dtype, dtypes)):
+            if value not in allowed:
+                raise UserError(f"{key}: there is no '{value}'{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+        if self.converter is not None and self.to != "gguf":
+            raise UserError(f"--converter: belongs to --to gguf, not to --to {self.to}")
+        self.merge.check()
 
     def write(self, folder: Path) -> None:
         """Keep the options in an exported folder."""

@@ -26,7 +26,7 @@ from llmrecipe.interop.export_card import (
     own_card,
     with_base,
 )
-from llmrecipe.interop.export_options import FORMATS, OPTIONS_FILE
+from llmrecipe.interop.export_options import FORMATS, GGUF_FILE, OPTIONS_FILE
 from llmrecipe.interop.machine_paths import VOCABULARIES, machine_path
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.resolve_class import first_line
@@ -69,7 +69,7 @@ def exported_folder(place: Path) -> Path:
     if not place.is_dir():
         raise UserError(f"push {place}: there is no such folder")
     if run_folder(str(place)) is None or (place / OPTIONS_FILE).is_file():
-        if not any((place / name).is_file() for name in ("config.json", ADAPTER_CONFIG, "modules.json")):
+        if not any((place / name).is_file() for name in ("config.json", ADAPTER_CONFIG, "modules.json", GGUF_FILE)):
             raise UserError(f"push {place}: this is neither a run nor a folder that `llmrecipe export` wrote")
         return place
     found = [path for path in sorted(place.iterdir()) if (path / OPTIONS_FILE).is_file()]
@@ -134,6 +134,8 @@ def _kind(folder: Path) -> str:
             return str(said)
     if (folder / ADAPTER_CONFIG).is_file():
         return "peft" if "peft_type" in read_json(folder / ADAPTER_CONFIG) else "adapter_hub"
+    if (folder / GGUF_FILE).is_file():
+        return "gguf"
     return "sentence_transformers" if (folder / "modules.json").is_file() else "merged"
 
 

@@ -228,12 +228,11 @@ def test_the_verb_proves_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "dylora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "tool"), [("gguf", "convert_hf_to_gguf.py"), ("awq", "llm-compressor"), ("gptq", "llm-compressor")]
-)
-def test_a_format_of_other_tools_is_refused_with_the_way_to_it(
-    name: str, tool: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "modifier"), [("awq", "AWQModifier()"), ("gptq", "GPTQModifier(targets=")])
+def test_a_format_of_another_tool_is_refused_with_the_commands(
+    name: str, modifier: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(["export", "runs/mine", "--to", name]) == 2
-    message = capsys.readouterr().err
-    assert tool in message and "llmrecipe export runs/mine --to merged" in message
+    message = " ".join(capsys.readouterr().err.split())
+    assert "llmrecipe export runs/mine --to merged --out FOLDER" in message
+    assert "pip install llmcompressor" in message and modifier in message

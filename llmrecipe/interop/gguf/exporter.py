@@ -1,0 +1,198 @@
+"""GGUF export: one file for llama.cpp and Ollama, read back by Transformers before it counts.
+
+The run is merged first (see `interop.merged`), which proves that the merged folder computes what the run computes. llama.cpp's
+own converter writes the file where it is installed, and the `gguf` library where it is not. Then Transformers reads the file:
+its logits must be those of the merged folder, and its tokenizer must cut the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llmrecipe.core.errors import ModelError, UserError
+from llmrecipe.core.lazy import is_installed
+from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.tokenize.chat_templates import template_of
+from llmrecipe.interop import verify_logits
+from llmrecipe.interop.export_options import GGUF_FILE, Q8_0
+from llmrecipe.interop.gguf.architecture import BEYOND_READER, refuse_family
+from llmrecipe.interop.gguf.converter import find_converter, run_converter
+from llmrecipe.interop.gguf.ollama import CONVERSATIONS, MODELFILE, modelfile
+from llmrecipe.interop.gguf.vocabulary import vocabulary_of
+from llmrecipe.interop.gguf.writer import STORED, adds, write_gguf
+from llmrecipe.interop.load_run import open_run
+from llmrecipe.interop.merged import Exported, export_merged, kept_dtype, target_folder, writing
+from llmrecipe.interop.plain_family import plain_family
+from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.resolve_class import first_line, quiet
+from llmrecipe.runs.open_model import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+MERGED = "merged"
+Q8_0_BOUND = 5e-2
+"""Largest logit difference of 8-bit weights that passes, as a share of the largest logit."""
+TEXTS = ("The hen lives in the barn.", "Tom has 12 apples; he buys 345 more!\nHow many?", "na\u00efve \u00fcber \u6f22\u5b57")
+"""What both tokenizers must cut alike, next to conversations."""
+
+
+def export_gguf(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    bound: float | None = None,
+    converter: str | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+    loaded: LoadedModel | None = None,
+    rights: Mapping[str, bool] | None = None,
+) -> Exported:
+    """Write a run as `model.gguf` with a `Modelfile`; arguments as in `merged.export_merged`.
+
+    Args:
+        dtype: of the matrices: as for a merged folder, or `q8_0`.
+        converter: path of llama.cpp's converter; default: the one on the PATH.
+
+    Raises:
+        ModelError: llama.cpp has no such model or tokenizer, or the file does not compute what the run computes.
+        UserError: the `gguf` library is missing.
+    """
+    if not is_installed("gguf"):
+        raise UserError("export --to gguf: needs gguf: pip install 'llmrecipe[gguf]'")
+    target = target_folder(run, out, "gguf")
+    script = find_converter(converter)
+    loaded = loaded or open_run(str(run), options=options, rights=rights)
+    _refuse_early(loaded, script is not None)
+    wide = kept_dtype(loaded) if dtype in ("auto", Q8_0) else getattr(torch, dtype)
+    wide = wide if wide in STORED else torch.float32
+    kind = Q8_0.upper() if dtype == Q8_0 else STORED[wide]
+    with writing(target) as folder:
+        merged = export_merged(
+            run, folder / MERGED, dtype=str(wide).removeprefix("torch."), bound=bound, loaded=loaded, rights=rights
+        )
+        tokenizer = AutoTokenizer.from_pretrained(merged.path)
+        config = AutoConfig.from_pretrained(merged.path)
+        notes = [
+            *merged.notes,
+            f"merged: {merged.difference}",
+            *_write(script, folder, config, tokenizer, kind, Path(run).name),
+        ]
+        difference, more = _proof(folder, tokenizer, wide, kind, bound)
+        text, other = modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings, adds(tokenizer)[0])
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
+        golden = merged.path / verify_logits.GOLDEN_FILE
+        os.replace(golden, folder / golden.name)
+        shutil.rmtree(merged.path)
+    return Exported(target, difference, [*notes, *more, *other, f"Ollama: ollama create NAME -f {target / MODELFILE}"])
+
+
+def _refuse_early(loaded: LoadedModel, converted: bool) -> None:
+    """Refuse what cannot be written before anything is merged.
+
+    Raises:
+        ModelError: no language model that continues a text, or one of a family that nothing here knows how to write.
+    """
+    name, config = type(loaded.model).__name__, loaded.model.config
+    if not name.endswith("ForCausalLM"):
+        raise ModelError(f"export --to gguf: {name} does not continue a text, which is what llama.cpp and Ollama serve")
+    if converted or isinstance(config, NativeConfig):
+        family = plain_family(config) if isinstance(config, NativeConfig) else name
+        if family is None:
+            raise ModelError(
+                "export --to gguf: the parts of this native model are those of no family of Transformers; Llama's are: rotary "
+                "positions, RMSNorm before each part, a gated MLP"
+            )
+        return
+    refuse_family(name, config)
+    vocabulary_of(loaded.tokenizer, config.vocab_size)
+
+
+def _write(
+    script: Path | None, folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, kind: str, name: str
+) -> list[str]:
+    """Write the file, by llama.cpp's converter where there is one; return notes."""
+    notes = []
+    if script is not None:
+        try:
+            run_converter(script, folder / MERGED, folder / GGUF_FILE, kind)
+            return [f"written by {script}"]
+        except ModelError as error:
+            (folder / GGUF_FILE).unlink(missing_ok=True)
+            refused = error
+        try:
+            notes = write_gguf(folder / MERGED, folder / GGUF_FILE, config, tokenizer, kind, name)
+        except ModelError as error:
+            raise ModelError(f"export --to gguf: {refused}; and without it: {error}") from error
+        return [f"{refused}; written by the gguf library instead", *notes]
+    return write_gguf(folder / MERGED, folder / GGUF_FILE, config, tokenizer, kind, name)
+
+
+def _proof(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, wide: torch.dtype, kind: str, bound: float | None
+) -> tuple[verify_logits.Difference, list[str]]:
+    """Compare a file with the merged folder next to it: logits and tokens; return what differs and notes.
+
+    Raises:
+        ModelError: Transformers cannot read the file, or it is another model.
+    """
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder / MERGED, dtype=wide).eval()
+        ids = verify_logits.probe_inputs(model, tokenizer)
+        wanted, config = verify_logits.logits_of(model, ids), model.config
+        del model
+        try:
+            read, notes = _read_config(folder, config)
+            again = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+            # Its progress bar asks nobody whether it may be shown.
+            with contextlib.redirect_stderr(io.StringIO()):
+                plain = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, config=read, dtype=wide)
+        except (ValueError, NotImplementedError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"export --to gguf: Transformers cannot read the file back ({first_line(error)}), so nothing proves it; "
+                f"export --to merged and convert that folder: python convert_hf_to_gguf.py FOLDER --outfile {GGUF_FILE}"
+            ) from error
+    limit = bound if bound is not None or kind != Q8_0.upper() else Q8_0_BOUND
+    difference = verify_logits.compare_logits(wanted, verify_logits.logits_of(plain, ids), wide, limit)
+    verify_logits.demand(difference, "the GGUF file", "dtype=float32 rounds less; --bound allows more.")
+    for text in probes(tokenizer):
+        ours, theirs = (list(one(text, add_special_tokens=False)["input_ids"]) for one in (tokenizer, again))
+        if ours != theirs:
+            raise ModelError(
+                f"export --to gguf: the tokenizer of the file cuts {text!r} into {theirs}, and that of the run into {ours}. "
+                "Nothing was written."
+            )
+    return difference, notes
+
+
+def _read_config(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:
+    """Return the settings that Transformers reads from a file, with those it does not look for; and a note on these."""
+    read = AutoConfig.from_pretrained(folder, gguf_file=GGUF_FILE)
+    other = [key for key in BEYOND_READER if hasattr(config, key) and getattr(read, key, None) != getattr(config, key)]
+    for key in other:
+        setattr(read, key, getattr(config, key))
+    if not other:
+        return read, []
+    return read, [
+        f"Transformers takes no {', '.join(other)} from a GGUF file: give it the config of the base; llama.cpp has it"
+    ]
+
+
+def probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return texts that two tokenizers must cut alike: conversations under the chat template, and plain ones."""
+    texts, template = list(TEXTS), template_of(tokenizer)
+    for conversation in CONVERSATIONS if template is not None else ():
+        try:
+            texts.append(template.render([{"role": r, "content": c} for r, c in conversation], prompt=True))
+        except BadRow:
+            continue
+    return texts

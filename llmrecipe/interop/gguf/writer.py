@@ -1,0 +1,138 @@
+"""Writing a Transformers folder as one GGUF file, tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llmrecipe.core.errors import ModelError
+from llmrecipe.core.lazy import load_module
+from llmrecipe.data.tokenize.chat_templates import template_of, turn_end_tokens
+from llmrecipe.interop.gguf.architecture import ARCHITECTURES, add_numbers, as_stored, more_tensors, refuse_family
+from llmrecipe.interop.gguf.vocabulary import Vocabulary, vocabulary_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Dtype of the weights -> type of the matrices in a file."""
+FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+"""Type of the matrices -> what the file says of itself (`general.file_type`)."""
+BLOCK = 32
+"""Numbers that share a scale in Q8_0: rows of another length are stored as F16."""
+OPENED = re.compile(r"\{%(-?)\s*generation\s*(-?)%\}")
+CLOSED = re.compile(r"\{%(-?)\s*endgeneration\s*(-?)%\}")
+
+
+def write_gguf(
+    folder: Path, target: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, kind: str, name: str
+) -> list[str]:
+    """Write a folder of Transformers as one file; return notes.
+
+    Args:
+        folder: with the safetensors files.
+        config, tokenizer: those of the folder.
+        kind: type of the matrices (`FILE_TYPES`); vectors are F32.
+        name: what the file calls the model.
+
+    Raises:
+        ModelError: llama.cpp has no such model or tokenizer, said before anything is written.
+    """
+    gguf: Any = load_module("gguf")
+    family = (config.architectures or [""])[0]
+    refuse_family(family, config)
+    vocabulary = vocabulary_of(tokenizer, config.vocab_size)
+    architecture = ARCHITECTURES[family]
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(target, architecture)
+    # Transformers takes a file of this very name for one of another architecture.
+    writer.add_name("mistral run" if name == "mistral" else name)
+    writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[kind]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_numbers(writer, config)
+    _add_vocabulary(writer, vocabulary, tokenizer)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from more_tensors(config).items()
+        for ours, tensor in _tensors_in(folder):
+            theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
+            if theirs is None:
+                raise ModelError(f"export --to gguf: the architecture '{architecture}' has no place for {ours}")
+            yield theirs, as_stored(theirs, tensor, config, architecture)
+
+    # Twice over the tensors: their places are written first, and no more than one of them is in memory.
+    for theirs, tensor in tensors():
+        stored = getattr(gguf.GGMLQuantizationType, _type_of(tensor, kind))
+        count, (block, size) = tensor.numel(), gguf.GGML_QUANT_SIZES[stored]
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, stored)
+        writer.add_tensor_info(theirs, shape, gguf.gguf_writer.np.dtype("uint8"), count // block * size, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, tensor in tensors():
+        stored = getattr(gguf.GGMLQuantizationType, _type_of(tensor, kind))
+        writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), stored))
+    writer.close()
+    return vocabulary.notes
+
+
+def _type_of(tensor: Tensor, kind: str) -> str:
+    """Return the type a tensor is stored in."""
+    if tensor.dim() < 2:
+        return "F32"
+    return "F16" if kind == "Q8_0" and tensor.shape[-1] % BLOCK else kind
+
+
+def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder, one in memory at a time; scalar heads of roles are in files of their own."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                yield name, file.get_tensor(name)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
+    """Add the tables of a tokenizer, its special tokens and its chat template."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_first)
+    for kind in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{kind}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    ends = [number for number in turn_end_tokens(tokenizer) if number != tokenizer.eos_token_id]
+    if ends:
+        writer.add_eot_token_id(ends[0])
+    first, last = adds(tokenizer)
+    writer.add_add_bos_token(first)
+    writer.add_add_eos_token(last)
+    if (text := plain_template(tokenizer)) is not None:
+        writer.add_chat_template(text)
+
+
+def adds(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Return whether a tokenizer puts its first token before a text, and its last token after it."""
+    ids = list(tokenizer("a")["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return bos is not None and ids[:1] == [bos], eos is not None and ids[-1:] == [eos]
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a tokenizer's chat template without `{% generation %}`, which Jinja itself does not know; None without one."""
+    template = template_of(tokenizer)
+    if template is None:
+        return None
+    return CLOSED.sub(r"{%\1 endif \2%}", OPENED.sub(r"{%\1 if true \2%}", template.text))
