@@ -190,7 +190,9 @@ def _read_config(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedConf
 def probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return texts that two tokenizers must cut alike: conversations under the chat template, and plain ones."""
     texts, template = list(TEXTS), template_of(tokenizer)
-    for conversation in CONVERSATIONS if template is not None else ():
+    if template is None:
+        return texts
+    for conversation in CONVERSATIONS:
         try:
             texts.append(template.render([{"role": r, "content": c} for r, c in conversation], prompt=True))
         except BadRow:
