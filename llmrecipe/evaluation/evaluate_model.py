@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers.utils import logging
 
 from llmrecipe.core import registry
@@ -182,8 +183,12 @@ def _label_names(subject: Subject) -> list[str] | None:
     return sorted(labels, key=labels.__getitem__) or None
 
 
-def metrics_of(subject: Subject, data: Rows) -> dict[str, float]:
-    """Compute metrics of token rows."""
+def metrics_of(subject: Subject, data: Rows, drawn: dict[str, np.ndarray] | None = None) -> dict[str, float]:
+    """Compute metrics of token rows.
+
+    Args:
+        drawn: filled with each score of every sample of rows, where they are wanted.
+    """
     recipe = subject.composition.recipe
     evaluation = Evaluation(
         recipe.eval,
@@ -193,6 +198,7 @@ def metrics_of(subject: Subject, data: Rows) -> dict[str, float]:
         subject.runtime,
         _Silent(),
         samples=recipe.eval.bootstrap,
+        drawn=drawn,
     )
     return {"rows": float(rows_read(evaluation, data)), **evaluate(evaluation, data)}
 

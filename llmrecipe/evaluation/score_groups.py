@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.tasks import natural
 from llmrecipe.data.formats.sources import open_split
@@ -14,6 +16,7 @@ from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.evaluation.evaluate_model import metrics_of, open_subject, subject_tasks, token_rows
 from llmrecipe.evaluation.evaluate_runs import TaskRows
 from llmrecipe.recipe.schema import DataSection
+from llmrecipe.training.intervals import all_ends
 
 MOST = 50
 """Most groups that are scored one by one; a column with more values names no groups."""
@@ -74,11 +77,13 @@ def score_by_group(path: str, overrides: list[str], split: str, column: str) -> 
     scored: list[dict[str, Any]] = [{"group": "all", **metrics_of(subject, data)}]
     groups = []
     numbers = None if data.tasks is None else data.task_numbers()
+    drawn: list[dict[str, np.ndarray]] = []
     for value in sorted({*values}, key=natural):
+        drawn.append({})
         rows = [i for i, own in enumerate(values) if own == value]
         tasks = None if numbers is None else [numbers[i] for i in rows]
-        groups.append({"group": f"{column}={value}", **metrics_of(subject, TaskRows(data, rows, tasks))})
-    return [*scored, *groups, {"group": GAP, **largest_gaps(groups)}]
+        groups.append({"group": f"{column}={value}", **metrics_of(subject, TaskRows(data, rows, tasks), drawn[-1])})
+    return [*scored, *groups, {"group": GAP, **largest_gaps(groups), **gap_ends(drawn, subject.composition.recipe.seed)}]
 
 
 def largest_gaps(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -94,3 +99,28 @@ def largest_gaps(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if name != COUNT and not name.endswith(("/low", "/high")) and len(values) > 1:
             found[name] = max(values) - min(values)
     return found
+
+
+def gap_ends(drawn: Sequence[Mapping[str, np.ndarray]], seed: int) -> dict[str, float]:
+    """Return the ends of the interval of each largest gap: each sample draws the rows of every group by themselves.
+
+    A gap is never below 0, and groups that are equally good show one by chance: compare its lower end with the gap that groups
+    drawn at random have, not with 0.
+
+    Args:
+        drawn: of each group, score -> its value in each sample, (B,).
+        seed: of the order in which the samples of the groups meet.
+
+    Examples:
+        >>> gap_ends([{"f1": np.array([0.5, 0.5])}, {"f1": np.array([0.25, 0.25])}], 0)
+        {'f1/low': 0.25, 'f1/high': 0.25}
+    """
+    gaps: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(name for group in drawn for name in group):
+        own = [(place, group[name]) for place, group in enumerate(drawn) if name in group]
+        if len(own) < 2:
+            continue
+        # Groups of as many rows drew the same places: in the order of the samples their scores would move together.
+        mixed = np.stack([np.random.default_rng([seed, place]).permutation(values) for place, values in own])
+        gaps[name] = mixed.max(0) - mixed.min(0)
+    return all_ends(gaps)

@@ -37,7 +37,7 @@ from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.resolve_class import language_head, load_config
 from llmrecipe.objectives.pretraining._engines.masking import MASK, Hidden, corrupted, mask_token, masked_targets
 from llmrecipe.runs.open_model import open_model, resolve_section
-from llmrecipe.training.intervals import RowScores
+from llmrecipe.training.intervals import RowScores, all_ends
 
 BUILTIN = "builtin"
 OWN_PAIRS = PACKAGE / "assets" / "stereotypes" / "pairs.csv"
@@ -118,7 +118,7 @@ def share_and_gap(scores: np.ndarray, samples: int, seed: int = 0) -> dict[str, 
     gaps = scores[:, 0] - scores[:, 1]
     values = {"stereotype_share": (gaps > 0).astype(float), "score_gap": gaps}
     rows = RowScores(samples, seed, {name: np.stack([v, np.ones_like(v)], 1) for name, v in values.items()})
-    ends = rows.intervals(None) if samples and len(gaps) > 1 else {}
+    ends = all_ends(rows.drawn(None)) if samples and len(gaps) > 1 else {}
     found = {"pairs": float(len(gaps))}
     for name, own in values.items():
         found |= {name: float(own.mean()), **{key: end for key, end in ends.items() if key.startswith(f"{name}/")}}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.lazy import is_installed
+from llmrecipe.feedback.metric import INVALID
 from llmrecipe.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
                 "pip install 'llmrecipe[metrics]'"
             )
         found[name] = metric.direction
+        if metric.wants:
+            found[f"{name}/{INVALID}"] = "min"
         if objective.tasks() is not None:
             found[f"{name}/tasks"] = metric.direction
     return found

@@ -71,7 +71,8 @@ def score_answers(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Sco
     found = {}
     for name in names:
         metric = registry.load_class("metric", name, "eval.metrics")()
-        found[name] = Scored(metric, [metric.statistics(r["answer"], r["reference"]) for r in rows])
+        unread = [not metric.readable(r["answer"], r["reference"]) for r in rows] if metric.wants else None
+        found[name] = Scored(metric, [metric.statistics(r["answer"], r["reference"]) for r in rows], unread)
     return found
 
 
@@ -82,6 +83,13 @@ class Scored:
     metric: Metric
     rows: list[list[float]]
     """The statistics of each row."""
+    unread: list[bool] | None = None
+    """Whether the metric could not read the answer of each row; None where it reads every text."""
+
+    @property
+    def invalid_rate(self) -> float | None:
+        """Return the share of the answers that could not be read; 0 where there are none, None where every text is read."""
+        return None if self.unread is None else sum(self.unread) / max(1, len(self.unread))
 
     @property
     def value(self) -> float:

@@ -9,6 +9,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from llmrecipe.core.registry import CONFIG
 
+INVALID = "invalid_rate"
+"""Name, after that of a metric, of the share of answers that it could not read."""
+
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Metric:
@@ -19,6 +22,8 @@ class Metric:
     """Whether a small (an error rate) or a large mean is better."""
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
     """Least and largest score; the better end is that of an answer equal to its reference."""
+    wants: ClassVar[str] = ""
+    """What an answer has to state for the metric to read it (a number, JSON); empty where it reads every text."""
     library: ClassVar[str] = ""
     """Optional library that computes it (the extra `metrics`)."""
     example: ClassVar[tuple[str, str, float]]
@@ -27,6 +32,13 @@ class Metric:
     def score(self, prediction: str, reference: str) -> float:
         """Score a prediction against its reference."""
         raise NotImplementedError
+
+    def readable(self, prediction: str, reference: str) -> bool:
+        """Return whether an answer states what the metric wants; `NAME/invalid_rate` is the share of answers that do not.
+
+        An unreadable answer also counts in the score, as a wrong one.
+        """
+        return True
 
     def unfit(self, references: Sequence[str]) -> str | None:
         """Return why scores against these references mean little, as a warning; None where nothing speaks against them."""

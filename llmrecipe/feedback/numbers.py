@@ -121,6 +121,11 @@ def same_number(one: str, other: str) -> bool:
     return first is not None and second is not None and first.same(second)
 
 
+def states_number(text: str) -> bool:
+    """Return whether `same_number` can find a text equal to another: it states a number, or a root or multiple of pi."""
+    return extract_number(text) is not None or NO_NUMBER in _clean(stated_answer(text))
+
+
 def stated_answer(text: str) -> str:
     r"""Return what a text marks as its answer: the content of its last `\boxed{...}`, what follows `####`, else all of it."""
     at = max(text.rfind("\\boxed"), text.rfind("\\fbox"))

@@ -15,8 +15,9 @@ from llmrecipe.core.console import Pace, lasting
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.feedback.generated_answers import Scored, answer_rows, score_answers
+from llmrecipe.feedback.metric import INVALID
 from llmrecipe.methods._base.late_values import Largest, MetricSums, Smallest
-from llmrecipe.training.intervals import RowScores
+from llmrecipe.training.intervals import RowScores, all_ends
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
@@ -54,6 +55,8 @@ class Evaluation:
     """How often rows are drawn again for the intervals of the scores; 0 for none."""
     breakdown: dict[str, dict[str, Any]] | None = None
     """Filled with the objective's `breakdown` of the scores, where one is wanted."""
+    drawn: dict[str, np.ndarray] | None = None
+    """Filled with each score of every sample of rows, (samples,), where they are wanted."""
 
     @property
     def row_by_row(self) -> bool:
@@ -101,12 +104,18 @@ def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
         metrics[name] = scored.value
         if objective.tasks() is not None:
             metrics[f"{name}/tasks"] = scored.task_mean([row["task"] for row in answers])
+        if scored.invalid_rate is not None and scored.unread:
+            metrics[f"{name}/{INVALID}"] = scored.invalid_rate
+            scores.statistics[f"{name}/{INVALID}"] = np.array([[float(bad), 1.0] for bad in scored.unread])
         if scored.rows:
             scores.statistics[name], scores.totals[name] = np.array(scored.rows), scored.metric.total
     if evaluation.samples:
-        found_ends = scores.intervals(objective.finish_evaluation if objective.resampled else None)
+        drawn = scores.drawn(objective.finish_evaluation if objective.resampled else None)
         # What `finish_evaluation` took out was a sum on the way to a score, not a score.
-        metrics |= {name: end for name, end in found_ends.items() if name.rpartition("/")[0] in metrics}
+        drawn = {name: values for name, values in drawn.items() if name in metrics}
+        metrics |= all_ends(drawn)
+        if evaluation.drawn is not None:
+            evaluation.drawn.update(drawn)
     for name in ("nll", "nll/low", "nll/high"):
         if name in metrics:
             metrics[name.replace("nll", "perplexity")] = math.exp(min(metrics[name], 700.0))

@@ -37,13 +37,13 @@ class RowScores:
         rng = np.random.default_rng([self.seed, rows])
         return rng.multinomial(rows, np.full(rows, 1.0 / rows), size=self.samples) if rows else np.zeros((self.samples, 0))
 
-    def intervals(self, finish: Finish | None) -> dict[str, float]:
-        """Return the ends of the interval of each score that more than one row decides.
+    def drawn(self, finish: Finish | None) -> dict[str, np.ndarray]:
+        """Return each score of every sample, (B,).
 
         Args:
-            finish: None where the scores it computes have no interval.
+            finish: None where the scores it computes are left out.
         """
-        found: dict[str, float] = {}
+        found: dict[str, np.ndarray] = {}
         means: dict[str, np.ndarray] = {}
         for name, rows in self.statistics.items():
             sums = self.counts(len(rows)) @ rows
@@ -52,20 +52,25 @@ class RowScores:
                 values = sums[:, 0] / sums[:, 1] if total is None else np.array([total(one) for one in sums.tolist()])
             if total is None:
                 means[name] = values
-            found |= ends(name, values)
+            found[name] = values
         sizes = {len(t) for t in self.tensors.values()}
         if finish is not None and len(sizes) == 1 and min(sizes) > 1:
             found |= self._of_sets(finish, means, min(sizes))
         return found
 
-    def _of_sets(self, finish: Finish, means: dict[str, np.ndarray], rows: int) -> dict[str, float]:
+    def _of_sets(self, finish: Finish, means: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
         values: dict[str, list[float]] = {}
         for sample, counts in enumerate(self.counts(rows)):
             drawn = torch.from_numpy(np.repeat(np.arange(rows), counts))
             own = {name: float(v[sample]) for name, v in means.items()}
             for name, value in finish(own, {n: t[drawn] for n, t in self.tensors.items()}).items():
                 values.setdefault(name, []).append(value)
-        return {key: end for name, found in values.items() for key, end in ends(name, np.array(found)).items()}
+        return {name: np.array(found) for name, found in values.items()}
+
+
+def all_ends(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return the ends of the interval of each score from its values in the samples."""
+    return {key: end for name, values in drawn.items() for key, end in ends(name, values).items()}
 
 
 def ends(name: str, values: np.ndarray, level: float = LEVEL) -> dict[str, float]:

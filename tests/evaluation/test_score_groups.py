@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmrecipe.cli.app import run_command
 from llmrecipe.core.errors import DataError, UserError
 from llmrecipe.core.registry import PACKAGE
 from llmrecipe.evaluation.evaluate_model import evaluate_path
-from llmrecipe.evaluation.score_groups import check_column, largest_gaps, score_by_group
+from llmrecipe.evaluation.score_groups import check_column, gap_ends, largest_gaps, score_by_group
 from tests.trainings import train_recipe
 
 
@@ -62,6 +63,16 @@ def test_gaps_by_hand() -> None:
     assert largest_gaps(groups) == {"f1": 0.75}
 
 
+def test_intervals_of_gaps_by_hand() -> None:
+    """Of one group every sample is 0, of the other half are 0.2 and half 0.6; a score of one group alone has no gap."""
+    two = np.array([0.2, 0.6] * 50)
+    found = gap_ends([{"f1": np.zeros(100), "own": two}, {"f1": two}], 3)
+    assert found == {"f1/low": 0.2, "f1/high": 0.6}
+    assert gap_ends([{}, {}], 3) == {}
+    alike = gap_ends([{"f1": two}, {"f1": two}], 3)
+    assert alike["f1/high"] == pytest.approx(0.4), "samples of groups are drawn apart, though both drew the same places"
+
+
 def test_what_names_no_groups_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,8 +80,10 @@ def test_what_names_no_groups_is_refused(
         check_column(str(run / "run"), WORDS, "validation", "speakers")
     assert run_command(["eval", str(run / "run"), str(run / "run"), "--groups", "speaker"]) == 2
     assert "--groups: the rows of one run or model" in capsys.readouterr().err
-    assert run_command(["eval", str(run / "run"), "--groups", "speaker", "--json", *WORDS]) == 0
-    assert [row["group"] for row in json.loads(capsys.readouterr().out)][-1] == "largest gap"
+    words = [*WORDS, "eval.bootstrap=60"]
+    assert run_command(["eval", str(run / "run"), "--groups", "speaker", "--json", *words]) == 0
+    gap = json.loads(capsys.readouterr().out)[-1]
+    assert gap["group"] == "largest gap" and 0.0 <= gap["loss/low"] <= gap["loss/high"]
     monkeypatch.setattr("llmrecipe.evaluation.score_groups.MOST", 3)
     with pytest.raises(UserError, match=r"--groups: 'text' has \d+ values, and at most 3 groups are scored"):
         score_by_group(str(run / "run"), WORDS, "validation", "text")

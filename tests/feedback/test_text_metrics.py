@@ -90,6 +90,31 @@ def test_json_is_compared_as_values() -> None:
     assert found["json_equal"].value == pytest.approx(1 / 3) and found["json_valid"].value == pytest.approx(2 / 3)
 
 
+def test_the_share_of_answers_that_state_nothing_readable_by_hand() -> None:
+    """An unreadable answer is a wrong one in the score; a metric that reads every text has no such share."""
+    rows = answered([("42", "42"), ("I do not know", "7"), ("It is \\sqrt{2}.", "3"), ("", "1")])
+    found = score_answers(rows, ["last_number", "exact_match"])["last_number"]
+    assert (found.value, found.invalid_rate, found.unread) == (1 / 4, 2 / 4, [False, True, False, True])
+    assert score_answers(rows, ["exact_match"])["exact_match"].invalid_rate is None
+    rows = answered([('{"a": 1}', '{"a": 1}'), ("{a: 1}", '{"a": 1}'), ("[]", "{}"), ("no", "yes")])
+    found = score_answers(rows, ["json_equal"])["json_equal"]
+    assert (found.value, found.unread) == (1 / 4, [False, True, False, False])
+    assert score_answers([], ["json_equal"])["json_equal"].invalid_rate == 0.0
+
+
+def test_an_evaluation_shows_the_share_beside_the_score_with_its_interval() -> None:
+    from llmrecipe.evaluation.evaluate_model import evaluate_path
+    from llmrecipe.feedback.directions import direction_of
+    from llmrecipe.objectives.finetuning.sft import Sft
+
+    words = ["objective=sft", "data.path=builtin:sft", "eval.metrics=[last_number]", "eval.batches=1", "batch.size=4"]
+    found = evaluate_path("tiny", [*words, "eval.max_new_tokens=3", "eval.bootstrap=50"])
+    share = found["last_number/invalid_rate"]
+    assert share in (0.5, 0.75, 1.0) and found["last_number"] <= 1.0 - share
+    assert 0.0 <= found["last_number/invalid_rate/low"] <= share <= found["last_number/invalid_rate/high"] <= 1.0
+    assert direction_of("eval/last_number/invalid_rate", Sft(), ["last_number"]) == "min"
+
+
 def test_claims_by_hand() -> None:
     text = 'On Monday Ann-Marie Lee of Oslo sold 3 hens for 1,200.50. She said: "a fair price". Bo agreed.'
     assert claims_of(text) == ["3", "1,200.50", "Monday Ann-Marie Lee", "Oslo", "a fair price"]

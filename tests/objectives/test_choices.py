@@ -316,6 +316,19 @@ def test_rows_none_of_which_has_a_wrong_answer_are_refused(tmp_path: Path) -> No
     Choices().check(compose("choices"), data)
 
 
+def test_mutual_information_needs_a_token_for_an_empty_prompt_before_a_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = read(tmp_path, [{"prompt": "q ", "completion": "a", "options": ["a", "b"]}])
+    without = SimpleNamespace(bos_token_id=None, eos_token_id=None)
+    monkeypatch.setattr("llmrecipe.objectives.finetuning.choices.tokenizer_of", lambda *_: without)
+    Choices().check(compose("choices").recipe, data)
+    with pytest.raises(RecipeError, match=r"objective\.mutual_information: the tokenizer has no start and no end token"):
+        Choices(mutual_information=True).check(compose("choices").recipe, data)
+    without.eos_token_id = 2
+    Choices(mutual_information=True).check(compose("choices").recipe, data)
+
+
 def test_the_error_is_the_share_of_rows_whose_right_answer_is_not_first_and_has_no_gradient() -> None:
     """The middle row has one choice, which is never above another one."""
     roles, objective = roles_for(tiny_model().double()), Choices(loss_type="error")

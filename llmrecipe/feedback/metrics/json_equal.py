@@ -9,6 +9,15 @@ from llmrecipe.core.registry import register
 from llmrecipe.feedback.metric import Metric
 
 
+def is_json(text: str) -> bool:
+    """Return whether a text is one JSON value with nothing but white space around it."""
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
+
+
 def equal_values(one: object, other: object) -> bool:
     """Return whether two JSON values are equal: keys in any order, lists in theirs, true is not 1 and 1.0 is 1."""
     if isinstance(one, dict) and isinstance(other, dict):
@@ -26,6 +35,7 @@ class JsonEqual(Metric):
     scores 0; where the reference is none, the texts without white space at their ends are compared.
     """
 
+    wants: ClassVar[str] = "JSON"
     example: ClassVar[tuple[str, str, float]] = ('{"b": [1, 2], "a": 1.0}', '{"a":1,"b":[1,2]}', 1.0)
 
     def score(self, prediction: str, reference: str) -> float:
@@ -38,3 +48,7 @@ class JsonEqual(Metric):
             return float(equal_values(parse_json(prediction), wanted))
         except ValueError:
             return 0.0
+
+    def readable(self, prediction: str, reference: str) -> bool:
+        """Return whether the prediction is JSON; where the reference is none, every text can be compared with it."""
+        return is_json(prediction) or not is_json(reference)

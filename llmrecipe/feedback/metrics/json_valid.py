@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.metric import Metric
+from llmrecipe.feedback.metrics.json_equal import is_json
 
 
 @register
@@ -17,8 +17,4 @@ class JsonValid(Metric):
 
     def score(self, prediction: str, reference: str) -> float:
         """Return 1 where the prediction parses; the reference is not read."""
-        try:
-            parse_json(prediction)
-        except ValueError:
-            return 0.0
-        return 1.0
+        return float(is_json(prediction))

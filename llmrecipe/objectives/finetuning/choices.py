@@ -15,6 +15,7 @@ from llmrecipe.data.row_types.choices import SIZES
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.token_math import collate_tokens, log1mexp
+from llmrecipe.runs.open_model import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,10 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if found is None:
-        raise RecipeError("objective.mutual_information: the tokenizer has no start and no end token to stand for no prompt")
+        raise RecipeError(
+            "objective.mutual_information: the tokenizer has no start and no end token to stand for no prompt; name one "
+            "that has (tokenizer.path), or set objective.mutual_information=false"
+        )
     return int(found)
 
 
@@ -193,11 +197,13 @@ class Choices(Objective):
         return self.loss_type == "likelihood"
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse rows among which none has a wrong answer.
+        """Refuse rows among which none has a wrong answer, and mutual information without a token for an empty prompt.
 
         Raises:
             RecipeError: naming what to do.
         """
+        if self.mutual_information:
+            prefix_token(tokenizer_of(recipe.model, recipe.tokenizer))
         lengths = data.column("choice_lengths")
         if lengths and max(map(len, lengths)) < 2:
             raise RecipeError(
