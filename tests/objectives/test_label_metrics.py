@@ -20,7 +20,13 @@ from sklearn.metrics import (
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.collate import Sequence, pad
-from llmrecipe.objectives.finetuning._engines.label_prediction import expected_calibration_error, single_label_scores
+from llmrecipe.objectives.finetuning._engines.label_prediction import (
+    binary_focal_loss,
+    cross_entropy,
+    expected_calibration_error,
+    focal_loss,
+    single_label_scores,
+)
 from llmrecipe.objectives.finetuning.classification import Classification
 from llmrecipe.objectives.pretraining.nsp import Nsp
 from tests.trainings import events, train_recipe
@@ -126,3 +132,37 @@ def test_the_scores_of_sentence_order_are_scikit_learns_with_equal_margins(seed:
     assert found["nsp/auc"] == pytest.approx(roc_auc_score(gold, margin), abs=1e-12)
     assert found["nsp/f1"] == pytest.approx(f1_score(gold, margin > 0), abs=1e-12)
     assert Nsp(with_mlm=False).finish_evaluation({}, {"margin": margin, "is_next": torch.ones_like(gold)}) == {}
+
+
+def test_the_focal_loss_by_hand_and_against_plain_cross_entropy() -> None:
+    """Right labels with p = 0.5 and 0.9: 0.25 log 2 = 0.17329 and 0.01 log(10/9) = 0.0010536."""
+    scores = torch.tensor([[0.5, 0.5], [0.1, 0.9]], dtype=torch.float64).log()
+    labels = torch.tensor([0, 1])
+    assert float(focal_loss(scores, labels, 2.0)) == pytest.approx(0.1732868 + 0.0010536, abs=1e-6)
+    weighted = float(focal_loss(scores, labels, 2.0, torch.tensor([3.0, 1.0])))
+    assert weighted == pytest.approx(3 * 0.1732868 + 0.0010536, abs=1e-6)
+    assert float(focal_loss(scores, labels, 0.0)) == pytest.approx(float(cross_entropy(scores, labels)))
+    # Of two labels a row: log-odds 0 and log 9, right where p is 0.5 and 0.9, or wrong where p is 0.1; the mean over labels.
+    odds = torch.tensor([[0.0, 9.0], [0.0, 9.0]], dtype=torch.float64)
+    odds[:, 1] = odds[:, 1].log()
+    found = float(binary_focal_loss(odds, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 2.0))
+    assert found == pytest.approx((0.1732868 + 0.0010536 + 0.1732868 + 0.81 * 2.3025851) / 2, abs=1e-6)
+
+
+def test_the_focal_loss_has_a_slope_where_an_answer_is_certain() -> None:
+    scores = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
+    for loss in (focal_loss(scores, torch.tensor([0, 0]), 0.5), binary_focal_loss(scores, torch.eye(2), 0.5)):
+        (slope,) = torch.autograd.grad(loss, scores)
+        assert torch.isfinite(slope).all() and torch.isfinite(loss)
+
+
+def test_a_step_is_the_focal_loss_and_smoothing_is_refused_with_it() -> None:
+    scores, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    batch: Any = SimpleNamespace(extra={"labels": labels})
+    assert Classification(focal_gamma=1.5)._loss(batch, scores, None).total == focal_loss(scores, labels, 1.5)
+    several: Any = SimpleNamespace(extra={"labels": torch.eye(3)})
+    total = Classification(focal_gamma=1.5, problem="multi_label")._loss(several, scores[:3], None).total
+    assert total == binary_focal_loss(scores[:3], torch.eye(3), 1.5)
+    data: Any = SimpleNamespace(labels=["a", "b"], column=lambda _: ["a"])
+    with pytest.raises(RecipeError, match=r"objective\.focal_gamma: label smoothing"):
+        Classification(focal_gamma=1.0, label_smoothing=0.1).check(SimpleNamespace(stack={}), data)  # type: ignore[arg-type]

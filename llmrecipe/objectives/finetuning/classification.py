@@ -29,6 +29,7 @@ class Classification(PooledScores, LabelPrediction, Objective):
     `problem: multi_label` a row has a list of labels, and the loss is the binary cross-entropy,
     (1/n) sum_i (1/C) sum_c -[y_ic log p_ic + (1 - y_ic) log(1 - p_ic)]. `class_weights` make the loss of a step
     -sum_i w[y_i] log p_i[y_i] / sum_i w[y_i]; evaluations are without them.
+    With `focal_gamma` g each term -log p is multiplied by (1 - p)^g, p the probability of the right label.
 
     Metrics of the whole set: accuracy (of all labels of a row at once), F1 averaged over classes (`macro_f1`) and over their
     rows (`weighted_f1`), Matthews' correlation (`mcc`) and the expected calibration error in 15 bins (`ece`); of several labels
@@ -36,7 +37,8 @@ class Classification(PooledScores, LabelPrediction, Objective):
     each label on the test rows.
 
     Papers: BERT (arXiv 1810.04805); last-token pooling as in the transformers sequence-classification heads; On Calibration of
-    Modern Neural Networks (arXiv 1706.04599).
+    Modern Neural Networks (arXiv 1706.04599); Focal Loss for Dense Object Detection (arXiv 1708.02002), without its class
+    balance a, which is `class_weights`.
     """
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
-from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat
+from llmrecipe.core.option_types import Field, Literal, NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.core.registry import options, spec
 from llmrecipe.data.collate import Batch
 from llmrecipe.data.transfer import to_device
@@ -40,6 +40,37 @@ def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0, weight
     values = upcast(scores)
     known = None if weights is None else to_device(weights, values.device).to(values.dtype)
     return F.cross_entropy(values, labels, known, reduction="sum", label_smoothing=smoothing)
+
+
+def focal_loss(scores: Tensor, labels: Tensor, gamma: float, weights: Tensor | None = None) -> Tensor:
+    """Compute -sum_i w[y_i] (1 - p_i)^gamma log p_i, a scalar, p_i = softmax(scores_i)[y_i]; scores (S, C), labels (S,).
+
+    Args:
+        weights: (C,) w of each class; default 1.
+
+    Source: Focal Loss for Dense Object Detection (arXiv 1708.02002).
+    """
+    likely = upcast(scores).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    losses = -(_missing(likely) ** gamma) * likely
+    if weights is not None:
+        losses = losses * to_device(weights, losses.device).to(losses.dtype)[labels]
+    return losses.sum()
+
+
+def binary_focal_loss(scores: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """Compute sum_i (1/C) sum_c -(1 - p_ic)^gamma log p_ic, a scalar, p_ic the probability of the 0 or 1 that is right.
+
+    Args:
+        scores: (S, C) logits.
+        labels: (S, C) 0 or 1.
+    """
+    likely = -F.binary_cross_entropy_with_logits(upcast(scores), labels.to(upcast(scores).dtype), reduction="none")
+    return (-(_missing(likely) ** gamma) * likely).mean(-1).sum()
+
+
+def _missing(likely: Tensor) -> Tensor:
+    """Return 1 - p from log p; a power below 1 has no slope at 0, which is never reached."""
+    return (-torch.expm1(likely)).clamp_min(torch.finfo(likely.dtype).eps)
 
 
 def confusion(predicted: Tensor, gold: Tensor, classes: int) -> Tensor:
@@ -117,6 +148,8 @@ class LabelPrediction:
     """Share of the target spread over all classes."""
     class_weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Weights of classes by name, 1 where none is given: the loss of a step is divided by the weights of its rows."""
+    focal_gamma: NonNegativeFloat = 0.0
+    """Exponent g of the focal loss: each label counts (1 - p)^g, little where it is already right; 0 is cross-entropy."""
     head_only: bool = False
     """Train the head alone (linear probing); everything below stays as it is."""
 
@@ -152,6 +185,11 @@ class LabelPrediction:
             raise RecipeError(
                 "objective.problem: single_label is one class a row, and rows have lists of labels; set "
                 "objective.problem=multi_label"
+            )
+        if self.focal_gamma and self.label_smoothing:
+            raise RecipeError(
+                "objective.focal_gamma: label smoothing spreads the target that the focal loss weighs by; leave one of "
+                "objective.focal_gamma and objective.label_smoothing out"
             )
         self._check_weights(data.labels)
 
@@ -207,10 +245,16 @@ class LabelPrediction:
         if not count:
             return Loss(scores.sum() * 0.0, {"accuracy": (0.0, 0.0)})
         if self.problem == "multi_label":
-            total = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(-1).sum()
+            if self.focal_gamma:
+                total = binary_focal_loss(scores, labels, self.focal_gamma)
+            else:
+                total = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(-1).sum()
             right = ((scores > 0) == (labels > 0.5)).all(-1).float().sum()
             return Loss(total, {"accuracy": (right, count)})
-        total = cross_entropy(scores, labels, self.label_smoothing, weights)
+        if self.focal_gamma:
+            total = focal_loss(scores, labels, self.focal_gamma, weights)
+        else:
+            total = cross_entropy(scores, labels, self.label_smoothing, weights)
         return Loss(total, {"accuracy": ((scores.argmax(-1) == labels).float().sum(), count)})
 
     def collect(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
