@@ -20,7 +20,7 @@ def verb(
         str,
         typer.Option(
             "--to",
-            help="merged: a Transformers folder; peft, adapter_hub: adapter folders; gguf: a file for llama.cpp and Ollama; "
+            help="merged: a Transformers folder; peft, vllm-lora, adapter_hub: adapter folders; gguf: for llama.cpp, Ollama; "
             "sentence_transformers: an encoder.",
         ),
     ],

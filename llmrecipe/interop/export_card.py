@@ -24,6 +24,7 @@ BASE_KEYS = ("base_model_name_or_path", "model_name")
 LIBRARIES = {
     "merged": "transformers",
     "peft": "peft",
+    "vllm-lora": "peft",
     "gguf": "gguf",
     "adapter_hub": "adapters",
     "sentence_transformers": "sentence-transformers",
@@ -52,6 +53,7 @@ SNIPPETS = {
         "from sentence_transformers import SentenceTransformer\n\nvectors = SentenceTransformer({here!r}).encode(['A text.'])"
     ),
 }
+SNIPPETS["vllm-lora"] = SNIPPETS["peft"]
 """Format -> how its folder is used; `here` is the folder, or its repository."""
 AUTO = {
     "text-generation": "AutoModelForCausalLM",

@@ -11,7 +11,7 @@ from llmrecipe.core.errors import UserError, did_you_mean
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.interop.merge_options import MergeConfig
 
-FORMATS = ("merged", "peft", "gguf", "adapter_hub", "sentence_transformers")
+FORMATS = ("merged", "peft", "vllm-lora", "gguf", "adapter_hub", "sentence_transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Q8_0 = "q8_0"
 """Dtype of a GGUF file alone: 8 bits a weight, and a scale for each 32."""

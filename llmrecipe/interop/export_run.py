@@ -10,11 +10,12 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import RunError, UserError
 from llmrecipe.interop.export_card import name_base, write_card
 from llmrecipe.interop.export_options import FORMATS, ExportOptions
-from llmrecipe.interop.gguf.exporter import export_gguf
+from llmrecipe.interop.gguf.gguf_export import export_gguf
 from llmrecipe.interop.merge_adapters import open_combination
 from llmrecipe.interop.merged import Exported, export_merged
 from llmrecipe.interop.peft.exporter import export_adapter_hub, export_peft
 from llmrecipe.interop.sentence_transformers_folder import export_sentence_transformers
+from llmrecipe.interop.vllm_lora import export_vllm_lora
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.runs import delta
 
@@ -37,6 +38,8 @@ def export_run(
         loaded = open_combination([(str(run), options.weight), *options.add.items()], options.merge, rights)
     if options.to == "merged":
         done = export_merged(run, out, dtype=options.dtype, bound=bound, options=ranks, loaded=loaded, rights=rights)
+    elif options.to == "vllm-lora":
+        done = export_vllm_lora(run, out, base=options.base, bound=bound, options=ranks, loaded=loaded, rights=rights)
     elif options.to == "gguf":
         done = export_gguf(
             run, out, dtype=options.dtype, bound=bound, converter=options.converter, options=ranks, loaded=loaded, rights=rights

@@ -7,6 +7,7 @@ gave with its hooks, and its greedy answer to one prompt is stored next to the w
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -99,19 +100,26 @@ def export_merged(
     notes += name_plainly(loaded)
     with writing(target) as folder:
         write_model(loaded, folder, wide)
+        family: Any = type(loaded.model)
         front: list[int] = []
         if spelled is not None:
             spelled.write(folder)
             notes += spelled.notes(loaded.tokenizer)
             front = spelled.ids
-        family: Any = type(loaded.model)
         loaded.model = pretrained(torch.nn.Identity())  # one model in memory at a time
         with quiet():
             plain = family.from_pretrained(folder, dtype=wide)
         difference = verify_logits.compare_logits(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)
         verify_logits.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
         verify_logits.write_golden(folder, verify_logits.golden(plain, loaded.tokenizer, front))
+    if known_to_servers(family):
+        notes.append(f"vLLM: {shlex.join(['vllm', 'serve', str(target)])}")
     return Exported(target, difference, notes)
+
+
+def known_to_servers(family: type) -> bool:
+    """Return whether a class continues texts and is one of Transformers' own, so that other servers know it."""
+    return family.__name__.endswith(("ForCausalLM", "LMHeadModel")) and family.__module__.partition(".")[0] == "transformers"
 
 
 def refuse_label_head(loaded: LoadedModel, name: str) -> None:

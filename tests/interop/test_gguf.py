@@ -14,11 +14,12 @@ from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.data.tokenize.chat_templates import Template, template_of
-from llmrecipe.interop.gguf import converter, exporter
+from llmrecipe.interop.export_options import ExportOptions
+from llmrecipe.interop.gguf import converter, gguf_export
 from llmrecipe.interop.gguf.architecture import as_stored, refuse_family
-from llmrecipe.interop.gguf.exporter import export_gguf, probes
+from llmrecipe.interop.gguf.gguf_export import export_gguf, probes
 from llmrecipe.interop.gguf.ollama import CONVERSATIONS, turns_of
-from llmrecipe.interop.gguf.vocabulary import vocabulary_of
+from llmrecipe.interop.gguf.token_tables import token_tables_of
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.checkpoint_path import TINY
@@ -185,7 +186,7 @@ def test_a_family_without_a_counterpart_is_refused(tmp_path: Path, family: str, 
 
 def test_a_classifier_is_refused_before_it_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_run(tmp_path / "run", base_folder(tmp_path), Lora(name="lora"), head="classification", labels=["a", "b"])
-    monkeypatch.setattr(exporter, "export_merged", lambda *_, **__: pytest.fail("merged"))
+    monkeypatch.setattr(gguf_export, "export_merged", lambda *_, **__: pytest.fail("merged"))
     with pytest.raises(ModelError, match="LlamaForSequenceClassification does not continue a text"):
         export_gguf(tmp_path / "run")
     assert not (tmp_path / "run" / "gguf").exists()
@@ -211,7 +212,7 @@ def tokenizer_with(change: Any) -> Any:
 )
 def test_a_tokenizer_without_a_counterpart_is_refused(change: Any, words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        vocabulary_of(tokenizer_with(change), 931)
+        token_tables_of(tokenizer_with(change), 931)
 
 
 def pieces(merges: list[list[str]]) -> Any:
@@ -235,11 +236,11 @@ def pieces(merges: list[list[str]]) -> Any:
 
 def test_merges_become_scores_of_their_unions_where_they_can() -> None:
     """ab before ba before aba: 0, -1, -2, and letters after all of them; a pair that is no merge has no such scores."""
-    tables = vocabulary_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"], ["a", "ba"]]), 8)
+    tables = token_tables_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"], ["a", "ba"]]), 8)
     assert tables.scores == [0.0, 0.0, -3.0, -3.0, -3.0, 0.0, -2.0, -1.0]
     assert tables.kinds == [2, 6, 1, 1, 1, 1, 1, 1] and tables.space_first
     with pytest.raises(ModelError, match="its merges are not those that scores"):
-        vocabulary_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"]]), 8)
+        token_tables_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"]]), 8)
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -339,7 +340,7 @@ def test_the_verb_writes_a_card_and_says_what_is_missing(
     assert "--dtype: there is no 'q8_0'" in capsys.readouterr().err
     assert command(["export", str(tmp_path / "run"), "--to", "merged", "--converter", "x"]) == 2
     assert "--converter: belongs to --to gguf" in capsys.readouterr().err
-    monkeypatch.setattr(exporter, "is_installed", lambda name: False)
+    monkeypatch.setattr(gguf_export, "is_installed", lambda name: False)
     assert command(["export", str(tmp_path / "run"), "--to", "gguf", "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'llmrecipe[gguf]'" in capsys.readouterr().err
 
@@ -349,3 +350,16 @@ def test_the_embedded_template_is_translated() -> None:
 
     template = template_of(AutoTokenizer.from_pretrained(TINY))
     assert template is not None and turns_of(template) is not None
+
+
+def test_verify_compares_the_file_with_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_run(tmp_path / "run", "tiny", Lora(name="lora", target="attn.q"))
+    folder = export_gguf(tmp_path / "run", dtype="float32").path
+    ExportOptions("gguf", "float32").write(folder)
+    assert command(["verify", str(folder), "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert all(line["result"] == "ok" for line in lines) and "38 tensors" in lines[0]["compared"] + lines[-2]["compared"]
+    content = bytearray((folder / "model.gguf").read_bytes())
+    content[-9] ^= 0x40
+    (folder / "model.gguf").write_bytes(content)
+    assert command(["verify", str(folder), "--json"]) == 3

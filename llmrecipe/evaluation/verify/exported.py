@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llmrecipe.core.errors import ProofError, RunError
 from llmrecipe.core.foreign import read_json, reading
+from llmrecipe.core.lazy import is_installed, load_module
 from llmrecipe.evaluation.verify.verification import Measured
-from llmrecipe.interop.export_options import OPTIONS_FILE, ExportOptions
+from llmrecipe.interop.export_options import GGUF_FILE, OPTIONS_FILE, ExportOptions
 from llmrecipe.interop.export_run import export_run
 from llmrecipe.interop.verify_logits import GOLDEN_FILE
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
@@ -29,12 +30,13 @@ PIPELINE = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json")
 
 
 def is_export(subject: str) -> bool:
-    """Return whether a path is a folder that `export` writes: an adapter, an encoder, or a model with its golden answer."""
+    """Return whether a path is a folder that `export` writes: an adapter, a GGUF file, an encoder, or a model."""
     folder = Path(subject)
     if run_folder(subject) is not None:
         return False
     known = ((folder / name).is_file() for name in (OPTIONS_FILE, GOLDEN_FILE, PIPELINE[0]))
-    return is_adapter(subject) or ((folder / "config.json").is_file() and any(known))
+    written = is_adapter(subject) or (folder / GGUF_FILE).is_file()
+    return written or ((folder / "config.json").is_file() and any(known))
 
 
 def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[Callable[[], Measured]]:
@@ -63,6 +65,8 @@ def export_again(folder: Path, run: str, out: Path) -> None:
     """Export a run with the options that a folder keeps; without them, in its format and dtype."""
     if (folder / OPTIONS_FILE).is_file():
         options = ExportOptions.read(folder)
+    elif (folder / GGUF_FILE).is_file():
+        options = ExportOptions("gguf")
     elif is_adapter(str(folder)):
         config = read_json(folder / "adapter_config.json")
         options = ExportOptions("peft" if "peft_type" in config else "adapter_hub")
@@ -113,13 +117,30 @@ def value_difference(wanted: Tensor, found: Tensor, rounding: float) -> float:
 
 
 def tensors_in(folder: Path) -> Iterator[tuple[str, tuple[Tensor, str]]]:
-    """Yield (name, (tensor, dtype in the file)) of every safetensors file of a folder."""
+    """Yield (name, (tensor, dtype in the file)) of every safetensors file and of the GGUF file of a folder."""
+    if (folder / GGUF_FILE).is_file():
+        yield from _tensors_in_gguf(folder / GGUF_FILE)
     for path in sorted(folder.rglob("*.safetensors")):
         inside = path.parent.relative_to(folder).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
         with reading(str(path), "export the run again"), safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 yield f"{prefix}{name}", (file.get_tensor(name), str(file.get_slice(name).get_dtype()))
+
+
+def _tensors_in_gguf(path: Path) -> Iterator[tuple[str, tuple[Tensor, str]]]:
+    """Yield the tensors of a GGUF file as float32.
+
+    Raises:
+        RunError: the library that reads it is missing, or the file is damaged.
+    """
+    if not is_installed("gguf"):
+        raise RunError(f"{path}: needs gguf to be read: pip install 'llmrecipe[gguf]'")
+    gguf: Any = load_module("gguf")
+    with reading(str(path), "export the run again"):
+        for tensor in gguf.GGUFReader(path).tensors:
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            yield tensor.name, (values, tensor.tensor_type.name)
 
 
 def compare_template(wanted: Path, found: Path) -> Measured:

@@ -71,14 +71,14 @@ def _rotary(config: PreTrainedConfig) -> Mapping[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
-def head_width(config: PreTrainedConfig) -> int:
+def width_of_head(config: PreTrainedConfig) -> int:
     """Return the width of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def add_numbers(writer: Any, config: PreTrainedConfig) -> None:  # noqa: ANN401 (a `gguf.GGUFWriter`)
     """Add the numbers of an architecture to a file."""
-    rotary, width = _rotary(config), head_width(config)
+    rotary, width = _rotary(config), width_of_head(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -102,7 +102,7 @@ def more_tensors(config: PreTrainedConfig) -> dict[str, Tensor]:
     if _rotary(config).get("rope_type") != "llama3":
         return {}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    width = head_width(config)
+    width = width_of_head(config)
     plain = float(_rotary(config)["rope_theta"]) ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
     return {FREQUENCIES: plain / scaled}
 

@@ -31,7 +31,7 @@ UNWRITABLE = ("{{", "}}", '"""')
 
 
 @dataclass(frozen=True)
-class Turns:
+class TurnTexts:
     """A chat format in which every turn stands between fixed texts."""
 
     first: str
@@ -72,7 +72,7 @@ CONVERSATIONS = (
 """What a Go template must render as the Jinja template does."""
 
 
-def turns_of(template: Template) -> Turns | None:
+def turns_of(template: Template) -> TurnTexts | None:
     """Return the texts around the turns of a chat template; None where they are not fixed."""
     try:
         turns = _read(template)
@@ -90,7 +90,7 @@ def _rendered(template: Template, conversation: Sequence[tuple[str, str]], promp
     return template.render([{"role": role, "content": text} for role, text in conversation], prompt=prompt)
 
 
-def _read(template: Template) -> Turns | None:
+def _read(template: Template) -> TurnTexts | None:
     """Read the texts around the turns off a conversation in which every role speaks, and one without a system."""
     dialogue = [("user", WORDS["user"]), ("assistant", WORDS["assistant"]), *SECOND.items()]
     bare = _between(_rendered(template, dialogue, prompt=False), [text for _, text in dialogue])
@@ -110,14 +110,14 @@ def _read(template: Template) -> Turns | None:
             [WORDS["system"], *(text for _, text in dialogue)],
         )
     except BadRow:
-        return Turns(first, around, header)
+        return TurnTexts(first, around, header)
     opening, closing = with_system[0], with_system[1].removesuffix(user[0])
     if first.startswith(opening) and first.endswith(closing) and len(first) >= len(opening) + len(closing) and opening:
         # The template has words of its own for a conversation without a system: they stand where the system's would.
         system = first[len(opening) : len(first) - len(closing)]
     shared = _shared_start(opening, template) if system is not None or not opening.startswith(first) else first
     around = {"system": (opening.removeprefix(shared), closing), **around}
-    return Turns(shared, around, header, system or None)
+    return TurnTexts(shared, around, header, system or None)
 
 
 def _shared_start(opening: str, template: Template) -> str:

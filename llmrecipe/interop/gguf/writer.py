@@ -15,7 +15,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.lazy import load_module
 from llmrecipe.data.tokenize.chat_templates import template_of, turn_end_tokens
 from llmrecipe.interop.gguf.architecture import ARCHITECTURES, add_numbers, as_stored, more_tensors, refuse_family
-from llmrecipe.interop.gguf.vocabulary import Vocabulary, vocabulary_of
+from llmrecipe.interop.gguf.token_tables import TokenTables, token_tables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def write_gguf(
     gguf: Any = load_module("gguf")
     family = (config.architectures or [""])[0]
     refuse_family(family, config)
-    vocabulary = vocabulary_of(tokenizer, config.vocab_size)
+    vocabulary = token_tables_of(tokenizer, config.vocab_size)
     architecture = ARCHITECTURES[family]
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -98,7 +98,7 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
+def _add_vocabulary(writer: Any, vocabulary: TokenTables, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
     """Add the tables of a tokenizer, its special tokens and its chat template."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)

@@ -55,6 +55,7 @@ def export_peft(
     options: dict[str, dict[str, Any]] | None = None,
     loaded: LoadedModel | None = None,
     rights: Mapping[str, bool] | None = None,
+    check: Callable[[Adapter], None] = lambda adapter: None,
 ) -> Exported:
     """Write a run's methods as a PEFT adapter folder.
 
@@ -65,6 +66,7 @@ def export_peft(
         as_lora: write methods that are a low-rank change of the weights (AdaLoRA) as plain LoRA.
         options, rights: see `open_run`.
         loaded: what to write instead of the run itself (see `merge_adapters.open_combination`).
+        check: refuses an adapter before it is written.
 
     Raises:
         ModelError: PEFT has no counterpart (said before anything is written), or the logits moved.
@@ -77,6 +79,7 @@ def export_peft(
         raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
     saved = saved_from(loaded)
     adapter = adapter_of(loaded, saved, uniform=uniform, as_lora=as_lora)
+    check(adapter)
     difference = verified(target, loaded, lambda aside: layout.write_adapter_folder(aside, adapter), bound)
     return Exported(target, difference, _notes(loaded, adapter))
 

@@ -27,7 +27,7 @@ from llmrecipe.interop.export_options import GGUF_FILE, Q8_0
 from llmrecipe.interop.gguf.architecture import BEYOND_READER, refuse_family
 from llmrecipe.interop.gguf.converter import find_converter, run_converter
 from llmrecipe.interop.gguf.ollama import CONVERSATIONS, MODELFILE, modelfile
-from llmrecipe.interop.gguf.vocabulary import vocabulary_of
+from llmrecipe.interop.gguf.token_tables import token_tables_of
 from llmrecipe.interop.gguf.writer import STORED, adds, write_gguf
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, export_merged, kept_dtype, target_folder, writing
@@ -83,7 +83,7 @@ def export_gguf(
         tokenizer = AutoTokenizer.from_pretrained(merged.path)
         config = AutoConfig.from_pretrained(merged.path)
         notes = [
-            *merged.notes,
+            *(note for note in merged.notes if not note.startswith("vLLM: ")),
             f"merged: {merged.difference}",
             *_write(script, folder, config, tokenizer, kind, Path(run).name),
         ]
@@ -114,7 +114,7 @@ def _refuse_early(loaded: LoadedModel, converted: bool) -> None:
             )
         return
     refuse_family(name, config)
-    vocabulary_of(loaded.tokenizer, config.vocab_size)
+    token_tables_of(loaded.tokenizer, config.vocab_size)
 
 
 def _write(
@@ -153,7 +153,7 @@ def _proof(
         try:
             read, notes = _read_config(folder, config)
             again = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-            # Its progress bar asks nobody whether it may be shown.
+            # Its progress bar has no switch.
             with contextlib.redirect_stderr(io.StringIO()):
                 plain = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, config=read, dtype=wide)
         except (ValueError, NotImplementedError, KeyError, ImportError) as error:

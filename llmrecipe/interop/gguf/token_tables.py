@@ -30,7 +30,7 @@ SPACE = "\u2581"
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenTables:
     """The tables of a tokenizer."""
 
     model: str
@@ -46,7 +46,7 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+def token_tables_of(tokenizer: PreTrainedTokenizerBase, size: int) -> TokenTables:
     """Return the tables of a tokenizer for an embedding of `size` rows.
 
     Raises:
@@ -62,7 +62,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     tokens, kinds = _tokens(tokenizer, model, parts["added_tokens"], size)
     if model.get("byte_fallback"):
-        return Vocabulary(
+        return TokenTables(
             "llama", "default", tokens, kinds, scores=_scores(tokens, kinds, merges), space_first=_space_first(parts)
         )
     normalizer = (parts["normalizer"] or {}).get("type")
@@ -73,7 +73,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     if bool(model.get("ignore_merges")) != (pre in WHOLE_WORDS):
         raise _refusal(f"llama.cpp's '{pre}' and ignore_merges={model.get('ignore_merges', False)} do not go together")
     # The separator of a merge is a space, so a space inside is written as byte-level BPE spells it.
-    return Vocabulary("gpt2", pre, tokens, kinds, [" ".join(p.replace(" ", "\u0120") for p in m) for m in merges], notes=notes)
+    return TokenTables("gpt2", pre, tokens, kinds, [" ".join(p.replace(" ", "\u0120") for p in m) for m in merges], notes=notes)
 
 
 def _refusal(why: str) -> ModelError:
