@@ -304,6 +304,13 @@ class EvalSection(Section):
         description="Held-out general sets, {name: file, folder or `builtin:NAME`}: their loss a token under the model the run "
         "starts from and under the one it ends with; forget/NAME is how much it rose.",
     )
+    forgetting_curve: bool = Field(
+        False, description="Also score the sets of `eval.forgetting` at every evaluation (eval.every)."
+    )
+    forgetting_limit: PositiveFloat | None = Field(
+        None,
+        description="Stop once forget/mean, in nats a token, is above this at an evaluation; the sets are then scored at each.",
+    )
     samples: NonNegativeInt = Field(0, description="Generate this many answers at each evaluation.")
     max_new_tokens: PositiveInt = Field(64, description="Length limit of generated answers.")
     stop: list[StopText] = Field(default_factory=list, description="Texts before which a generated answer ends.")

@@ -82,6 +82,44 @@ def score_after(run: RunState) -> dict[str, float]:
         RunError: a set has other rows than before.
     """
     sets = general_rows(run.recipe, run.objective)
+    metrics = _compared(run, sets, run.recipe.eval.bootstrap)
+    if metrics and base_is_frozen(run.stack):
+        apart = [_mean(np.array(row_divergences(run, rows))) for rows in sets.values()]
+        metrics["forget/kl"] = float(np.mean(apart))
+    if metrics:
+        run.events.evaluation(step=run.progress.step, **metrics)
+    return metrics
+
+
+def score_between(run: RunState) -> bool:
+    """Score the general sets at an evaluation during training, where that is wanted, and report it.
+
+    Returns:
+        Whether `forget/mean` is above `eval.forgetting_limit`, which ends the training.
+
+    Raises:
+        RunError: as `score_after`.
+    """
+    section, step = run.recipe.eval, run.progress.step
+    if not step or not (section.forgetting_curve or section.forgetting_limit is not None):
+        return False
+    metrics = _compared(run, general_rows(run.recipe, run.objective), samples=0)
+    if not metrics:
+        return False
+    run.events.evaluation(step=step, **metrics)
+    lost, limit = metrics["forget/mean"], section.forgetting_limit
+    if limit is None or lost <= limit:
+        return False
+    run.events.warning(f"eval.forgetting_limit={limit:g}: forget/mean is {lost:.4g} nats a token at step {step}; training ends")
+    return True
+
+
+def _compared(run: RunState, sets: Mapping[str, TokenData], samples: int) -> dict[str, float]:
+    """Return the scores of the general sets now and what was forgotten since before the first step; nothing without sets.
+
+    Raises:
+        RunError: a set has other rows than before.
+    """
     kept = run.dir.path / FORGETTING
     run.runtime.barrier()
     if not sets or not kept.is_file():
@@ -96,16 +134,13 @@ def score_after(run: RunState) -> dict[str, float]:
             "continue with eval.forgetting={}"
         )
     metrics = {f"general/{name}": _mean(sums) for name, sums in after.items()}
-    metrics |= forgotten(before, after, run.recipe.eval.bootstrap, run.recipe.seed)
-    if base_is_frozen(run.stack):
-        apart = [_mean(np.array(row_divergences(run, rows))) for rows in sets.values()]
-        metrics["forget/kl"] = float(np.mean(apart))
-    run.events.evaluation(step=run.progress.step, **metrics)
-    return metrics
+    return metrics | forgotten(before, after, samples, run.recipe.seed)
 
 
 def forgotten(before: dict[str, np.ndarray], after: dict[str, np.ndarray], samples: int, seed: int) -> dict[str, float]:
-    """Return the forgetting of each set and the mean over sets, each with the ends of its interval.
+    """Return the forgetting of each set and the mean over sets, each with the ends of its interval, and the relative mean.
+
+    `forget/relative` is the mean over sets of forget_g / |a_g(before)|: 0.1 is a loss that rose by a tenth.
 
     Args:
         before: name -> (R, 2) sums and counts of rows.
@@ -115,7 +150,7 @@ def forgotten(before: dict[str, np.ndarray], after: dict[str, np.ndarray], sampl
     Examples:
         >>> a, b = np.array([[2.0, 1], [4.0, 3]]), np.array([[6.0, 1], [4.0, 3]])
         >>> forgotten({"x": a}, {"x": b}, 0, 0)
-        {'forget/x': 1.0, 'forget/mean': 1.0}
+        {'forget/x': 1.0, 'forget/mean': 1.0, 'forget/relative': 0.6666666666666666}
     """
     found: dict[str, float] = {}
     drawn: list[np.ndarray] = []
@@ -130,6 +165,9 @@ def forgotten(before: dict[str, np.ndarray], after: dict[str, np.ndarray], sampl
             drawn.append(sums[:, 0] / sums[:, 1] - old[:, 0] / old[:, 1])
             found |= ends(f"forget/{name}", drawn[-1])
     found["forget/mean"] = float(np.mean([found[f"forget/{name}"] for name in after]))
+    shares = [found[f"forget/{name}"] / old for name in after if (old := _mean(before[name])) > 0.0]
+    if len(shares) == len(after):
+        found["forget/relative"] = float(np.mean(shares))
     if len(drawn) == len(after):
         found |= ends("forget/mean", np.mean(drawn, 0))
     return found

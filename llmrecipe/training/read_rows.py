@@ -97,6 +97,7 @@ def read_data(recipe: Recipe, objective: Objective, wrappers: list[Wrapper]) -> 
     if isinstance(data, TokenData) and isinstance(validation, TokenData):
         data.report.overlap, data.report.compared = shared_rows(data, validation), len(validation)
     general_rows(recipe, objective)
+    check_forgetting(recipe.eval, validation)
     for wrapper in wrappers:
         if (path := wrapper.calibration_data()) is not None:
             with _of_key(f"stack.{wrapper.name}.data"):
@@ -117,6 +118,23 @@ def _has_outputs(objective: Objective) -> bool:
 
 TOKEN_COLUMNS = {"ids_b": "a second text"}
 """Column of token rows -> what rows of a file have in its place."""
+
+
+def check_forgetting(section: EvalSection, validation: SplitRows | None) -> None:
+    """Refuse to measure forgetting during training without sets, or without evaluations at which it is measured.
+
+    Raises:
+        RecipeError: it names the key.
+    """
+    wanted = {"forgetting_curve": section.forgetting_curve, "forgetting_limit": section.forgetting_limit is not None}
+    key = next((f"eval.{name}" for name, is_given in wanted.items() if is_given), None)
+    if key is None:
+        return
+    if not section.forgetting:
+        raise RecipeError(f"{key}: there is no general set; name one, such as eval.forgetting.own=held_out.jsonl")
+    if section.every is None or validation is None:
+        missing = "set eval.every=STEPS" if section.every is None else "give validation rows, such as data.validation=0.1"
+        raise RecipeError(f"{key}: forgetting is measured at the evaluations during training, and there are none; {missing}")
 
 
 def check_monitor(recipe: Recipe, objective: Objective, validation: SplitRows | None, origins: Origins) -> None:

@@ -23,7 +23,7 @@ from llmrecipe.methods._base.update_rule import LateResult, StepResult
 from llmrecipe.optim.optimizer import set_learning_rate
 from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.runs.open_model import original
-from llmrecipe.training import build_run, finite_check, resume_rules, save_run
+from llmrecipe.training import build_run, finite_check, forgetting, resume_rules, save_run
 from llmrecipe.training.build_run import abandoned, build_parts
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.read_rows import other_rows
@@ -275,14 +275,14 @@ class Run(RunState):
         return bool(float(self.runtime.sum(requested)) > 0)
 
     def evaluate(self) -> bool:
-        """Evaluate on the validation split; return True when early stopping applies."""
+        """Evaluate on the validation split; return True when early stopping or the limit of forgetting applies."""
         assert self.validation is not None, "none is due without validation rows"
         metrics = evaluate(self.evaluation(), self.validation)
         verdict = self.best.see(self.progress.step, {f"eval/{k}": v for k, v in metrics.items()})
         self.events.evaluation(step=self.progress.step, **{f"eval/{k}": v for k, v in metrics.items()})
         if verdict.best and self.recipe.eval.load_best:
             save_run.save_best(self)
-        return verdict.stop
+        return forgetting.score_between(self) or verdict.stop
 
     def rebuild(self) -> None:
         """Rebuild the optimizer after the set of trained tensors changed, keeping the state of those that remain."""

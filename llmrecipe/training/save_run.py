@@ -35,6 +35,7 @@ from llmrecipe.runs.checkpoint_io import (
 from llmrecipe.runs.events import is_step
 from llmrecipe.runs.looks import note_look
 from llmrecipe.runs.run_dir import BEST
+from llmrecipe.runs.run_record import read_run
 from llmrecipe.training import build_run, finite_check, forgetting, run_identity
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.final_folder import write_final
@@ -288,6 +289,7 @@ def finish(run: RunState) -> None:
     metrics: dict[str, Any] = {"steps": run.progress.step, "best_step": run.best.best_step if restored else run.progress.step}
     if run.validation is not None and run.best.best is not None:
         metrics[run.recipe.eval.monitor] = run.best.best
+    metrics |= gain(run, metrics["best_step"])
     tested, breakdown = score_test(run)
     metrics |= {f"test/{name}": value for name, value in tested.items()} | forgetting.score_after(run)
     run.roles.cache.save()
@@ -298,6 +300,18 @@ def finish(run: RunState) -> None:
             record_changes(run)
             write_final(run, metrics, {f"test_{name}": content for name, content in breakdown.items()})
     run.runtime.barrier()
+
+
+def gain(run: RunState, step: int) -> dict[str, float]:
+    """Return by how much the validation loss fell from the evaluation before the first step to that of the weights kept.
+
+    Args:
+        step: that the weights come from; nothing is returned where one of both was not evaluated, or without general sets.
+    """
+    if not run.recipe.eval.forgetting or not run.runtime.is_main:
+        return {}
+    losses = dict(read_run(run.dir.path).curve("eval/loss"))
+    return {"gain": losses[0] - losses[step]} if 0 in losses and step in losses else {}
 
 
 def score_test(run: RunState) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:

@@ -61,7 +61,9 @@ def test_forgetting_is_the_rise_of_the_loss_per_token_and_its_interval_is_paired
     # All rows of b changed alike: paired samples agree, whatever rows they draw.
     assert (found["forget/b/low"], found["forget/b/high"]) == (-0.25, -0.25)
     assert (found["forget/mean/low"], found["forget/mean/high"]) == (-0.125, 1.875)
-    assert set(forgotten(before, after, 0, 0)) == {"forget/a", "forget/b", "forget/mean"}
+    assert set(forgotten(before, after, 0, 0)) == {"forget/a", "forget/b", "forget/mean", "forget/relative"}
+    # 1 of a loss of 6/4 before, and -0.25 of one of 1/2.
+    assert found["forget/relative"] == pytest.approx((1 / 1.5 - 0.25 / 0.5) / 2)
 
 
 @pytest.mark.parametrize("recipe", ["sft_lora", "prompt_tuning"])
@@ -170,6 +172,44 @@ def test_measuring_changes_no_step_and_a_resumed_run_has_the_same_scores(tmp_pat
     )
     assert whole == parts
     assert len(whole) == 2 and "forget/kl" not in whole[-1], "the weights of the base are gone"
+
+
+def test_the_limit_ends_the_training_at_the_evaluation_that_passes_it(tmp_path: Path) -> None:
+    """The curve of a whole run tells where a run with a limit just below one of its points has to stop."""
+    rows = (PACKAGE / "assets/data/chat/valid.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "known.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    given = words(tmp_path, "optim.lr=0.01", "eval.load_best=false", "eval.every=1")
+    measured = [
+        *(w for w in given if w != "steps=2" and "forgetting" not in w),
+        f"+eval.forgetting.own={tmp_path / 'known.jsonl'}",
+    ]
+    train_recipe(tmp_path / "whole", "sft_lora", *measured, "steps=4", "eval.forgetting_curve=true")
+    every = [e for e in events(tmp_path / "whole", "evaluation") if "forget/mean" in e]
+    assert [e["step"] for e in every] == [1, 2, 3, 4, 4] and every[-2]["forget/mean"] == every[-1]["forget/mean"]
+    lost = {e["step"]: e["forget/mean"] for e in every}
+    losses = {e["step"]: e["eval/loss"] for e in events(tmp_path / "whole", "evaluation") if "eval/loss" in e}
+    metrics = json.loads((tmp_path / "whole" / "final" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["gain"] == losses[0] - losses[4]
+    first = next(step for step in lost if lost[step] > lost[1] > 0 or step == 4)
+    assert lost[first] > lost[1] > 0 and 1 < first < 4, "what is forgotten grows"
+    limit = (lost[1] + lost[first]) / 2
+    train_recipe(tmp_path / "cut", "sft_lora", *measured, "steps=4", f"eval.forgetting_limit={limit}")
+    metrics = json.loads((tmp_path / "cut" / "final" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["steps"] == first and metrics["forget/mean"] == lost[first]
+    (said,) = [e["message"] for e in events(tmp_path / "cut", "warning") if "forgetting_limit" in e["message"]]
+    assert said.endswith(f"at step {first}; training ends")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["eval.forgetting_limit=0.1"], "eval.forgetting_limit: there is no general set"),
+        (["eval.forgetting_curve=true", "+eval.forgetting.own=builtin:stories"], "there are none; set eval.every=STEPS"),
+    ],
+)
+def test_forgetting_that_is_never_measured_during_training_is_refused(given: list[str], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        check("sft", [*QUIET, *given])
 
 
 def test_a_set_that_cannot_be_scored_is_refused_before_weights_are_read(tmp_path: Path) -> None:
