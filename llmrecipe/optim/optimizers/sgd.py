@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.core.registry import register
+from llmrecipe.models.sharded import is_sharded
 from llmrecipe.optim.optimizer import Optimizer, numel
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class SGD(Optimizer):
 
         if self.nesterov and not self.momentum:
             raise RecipeError("optim.nesterov: needs optim.momentum > 0")
-        return TorchSGD(params, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+        # The fused kernel has no form for parameters that processes divide.
+        fused = not any(is_sharded(parameter) for group in params for parameter in group["params"])
+        return TorchSGD(params, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of one 32-bit buffer with momentum, 0 without."""
