@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 SECONDS = 5.0
 """Longest time of one pattern on one text, and of one rendering, in seconds."""
+AGAIN = 0.5
+"""Seconds after which code that caught what stops it is stopped once more."""
 MEMORY = 1 << 30
 """Bytes by which the process may grow in one rendering."""
 
@@ -80,31 +82,45 @@ class BoundError(Exception):
     """The code inside `bounded` used up its time or its memory."""
 
 
+class _TimeUp(BaseException):
+    """The time of `bounded` is over; no `Exception`, which the code inside might take for a fault of its own and go on."""
+
+
 @contextlib.contextmanager
 def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
     """Stop the code inside after some seconds of this process's CPU time, or when it takes much more memory.
 
+    The time is that of the program and of the system on its behalf, which memory costs.
+
     Raises:
         BoundError: it does.
     """
-    timer = getattr(signal, "ITIMER_VIRTUAL", None)
+    timer = getattr(signal, "ITIMER_PROF", None)
     if timer is None or threading.current_thread() is not threading.main_thread():
         yield
         return
+    over = False
 
     def stop(number: int, frame: object) -> None:
-        raise BoundError(f"it takes longer than {seconds:g} s")
+        if not over:
+            raise _TimeUp
 
-    before = signal.signal(signal.SIGVTALRM, stop)
+    before = signal.signal(signal.SIGPROF, stop)
     try:
         with _address_space(memory):
-            signal.setitimer(timer, seconds)
-            yield
+            signal.setitimer(timer, seconds, AGAIN)
+            try:
+                yield
+            finally:
+                signal.setitimer(timer, 0)
+    except _TimeUp as error:
+        raise BoundError(f"it takes longer than {seconds:g} s") from error
     except MemoryError as error:
         raise BoundError(f"it takes more than {memory >> 20:,} MB of memory") from error
     finally:
+        over = True
         signal.setitimer(timer, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 class _Worker:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import read_json
+from llmrecipe.data.tokenize.chat_templates import prompt_ids
 from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
@@ -139,11 +140,7 @@ def demand(difference: Difference, what: str, advice: str) -> None:
 
 def golden_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return token ids of the golden prompt, under the chat template where there is one."""
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": GOLDEN_PROMPT}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(GOLDEN_PROMPT)["input_ids"])
+    return prompt_ids(tokenizer, [{"role": "user", "content": GOLDEN_PROMPT}])
 
 
 def golden(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, front: Sequence[int] = ()) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from llmrecipe.models.resolve_class import (
     set_head_outputs,
     with_code,
 )
+from llmrecipe.models.tokenizer_file import read_tokenizer
 from llmrecipe.models.weight_headers import headers, stored_dtype
 from llmrecipe.recipe.rights import how_to_give
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -364,31 +365,22 @@ def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrain
     Raises:
         ModelError: no tokenizer there, or a padding token it does not have.
     """
-    from transformers import AutoTokenizer
-
     if tokenizer.train is not None:
         from llmrecipe.models.tokenizer_training import trained_tokenizer
 
         tokenizer = tokenizer.model_copy(update={"path": str(trained_tokenizer(tokenizer.train))})
     path = tokenizer.path or model.path
-    section = model.model_copy(update={"path": path, "init": "random"})
     place, local = locate(path, "tokenizer.path" if tokenizer.path else "model.path")
     if local and not any((Path(place) / name).is_file() for name in vocabulary.FILES):
         raise ModelError(f"tokenizer.path: {path} has no tokenizer; name a folder or hub model that does (tokenizer.path=...)")
     reason = None if local else offline()
     try:
         with quiet(), shown_reading(path, local):
-            found = AutoTokenizer.from_pretrained(
-                place,
-                trust_remote_code=section.trust_remote_code,
-                **(
-                    {}
-                    if local
-                    else {"revision": None if tokenizer.path else model.revision, "local_files_only": reason is not None}
-                ),
-            )
-            # Some damage shows only when a text is encoded.
-            found.encode("a b")
+            revision = None if tokenizer.path else model.revision
+            hub = {} if local else {"revision": revision, "local_files_only": reason is not None}
+            found = read_tokenizer(place, local, model.trust_remote_code, **hub)
+    except ModelError:
+        raise
     except BaseException as error:  # tokenizers raises plain Exception, panics, or whatever a damaged file leads to
         if not isinstance(error, Exception) and not is_panic(error):
             raise

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.background import Background
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.file_hashes import FileHash, file_hash
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.models.checkpoint_path import STACK_FILE, run_folder
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.schema import ModelSection
@@ -109,7 +110,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
     """Return hashes of what a tokenizer does and of its chat template; they do not depend on the library's file format."""
-    ids = [tokenizer.encode(text, add_special_tokens=special) for text in PROBES for special in (False, True)]
+    calls = [(text, special) for text in PROBES for special in (False, True)]
+    ids = [call_tokenizer(tokenizer, text, add_special_tokens=special)["input_ids"] for text, special in calls]
     words = [sorted(tokenizer.get_vocab().items()), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}, ids]
     template = [tokenizer.chat_template, getattr(tokenizer, "init_kwargs", {}).get("llmrecipe_template")]
     return {"tokenizer": _hash(words), "template": _hash(template)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import threading
@@ -365,3 +366,48 @@ def test_what_is_awaited_returns_and_raises_as_called() -> None:
     over.set()
     # A wait that takes no time of the processor is no fault of the function.
     assert awaited(lambda: time.sleep(0.3) or 1, 0.1) == 1
+
+
+def test_code_that_catches_its_end_is_stopped_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stubborn() -> None:
+        end = time.process_time() + 5.0
+        while time.process_time() < end:
+            with contextlib.suppress(Exception):  # such as a template's compiler, which then computes a constant later
+                spin(5.0)
+
+    with pytest.raises(BoundError, match=r"longer than 0.05 s"), bounded(0.05):
+        stubborn()
+
+    def deaf() -> None:
+        try:
+            spin(5.0)
+        except BaseException:
+            spin(5.0)
+
+    monkeypatch.setattr("llmrecipe.core.time_limit.AGAIN", 0.05)
+    with pytest.raises(BoundError, match=r"longer than 0.05 s"), bounded(0.05):
+        deaf()
+
+
+MAKES_ITS_OWN = {"models/tokenizer_training.py", "data/tokenize/call_tokenizer.py"}
+"""One measures the tokenizer that it has trained, the other is the bounded call."""
+
+
+def test_every_call_of_a_tokenizer_is_bounded() -> None:
+    import ast
+
+    import llmrecipe
+
+    root = Path(llmrecipe.__file__).parent
+    names = {"encode", "encode_plus", "batch_encode_plus", "apply_chat_template"}
+    found = []
+    for path in root.rglob("*.py"):
+        place = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or place in MAKES_ITS_OWN:
+                continue
+            owner = node.func.value if isinstance(node.func, ast.Attribute) and node.func.attr in names else node.func
+            called = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            if called in ("tokenizer", "student", "teacher", "text_tokenizer"):
+                found.append(f"{place}:{node.lineno}")
+    assert not found, "call_tokenizer bounds it"

@@ -283,7 +283,7 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
         if template is not None and written is not None:
             tokenizer.chat_template = {"default": written.text, "own": template.text}
     elif template is not None and formats != "tokens":
-        adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        adds = _adds_bos(tokenizer)
         tokenizer.chat_template = {"default": RAW if adds else RAW.removeprefix(BOS), "own": template.text}
         tokenizer.init_kwargs[KEY] = "raw"
 
@@ -293,11 +293,18 @@ def is_prompted_raw(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not tokenizer.chat_template or getattr(tokenizer, "init_kwargs", {}).get(KEY) == "raw"
 
 
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer writes a BOS before raw text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and call_tokenizer(tokenizer, "a")["input_ids"][:1] == [bos]
+
+
 def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     """Return a built-in template for this tokenizer: with BOS only where raw text gets one too."""
     template: type[ChatTemplate] = registry.load_class("chat_template", name, "tokenizer.chat_template")
     text = template.text
-    unknown = [token for token in template.tokens if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1]
+    pieces = {token: call_tokenizer(tokenizer, token, add_special_tokens=False)["input_ids"] for token in template.tokens}
+    unknown = [token for token, ids in pieces.items() if len(ids) != 1]
     if unknown:
         raise DataError(
             f"tokenizer.chat_template={name}: {' and '.join(unknown)} is not one token of this tokenizer, so no answer "
@@ -305,7 +312,7 @@ def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
         )
     if "eos_token" in text and tokenizer.eos_token is None:
         raise DataError(f"tokenizer.chat_template={name}: the tokenizer has no end token to close answers with")
-    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    adds = _adds_bos(tokenizer)
     return text if adds else text.removeprefix(BOS)
 
 
@@ -323,7 +330,7 @@ def turn_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         except BadRow:
             return found
         special = set(special_ids(tokenizer))
-        ids = tokenizer(text[text.rfind("x") + 1 :], add_special_tokens=False)["input_ids"]
+        ids = call_tokenizer(tokenizer, text[text.rfind("x") + 1 :], add_special_tokens=False)["input_ids"]
         found += [i for i in ids if i in special][:1]
     return list(dict.fromkeys(found))
 
@@ -344,10 +351,10 @@ def prompt_ids(
     Raises:
         DataError: the template refuses the conversation.
     """
-    if not tokenizer.chat_template:
-        return list(call_tokenizer(tokenizer, "\n".join(t["content"] for t in turns))["input_ids"])
     given: Any = tokenizer.chat_template
     served: Any = given.get("default") if isinstance(given, dict) else given
+    if not served:
+        return list(call_tokenizer(tokenizer, "\n".join(t["content"] for t in turns))["input_ids"])
     template = Template("served", served, named=True, variables=dict(tokenizer.special_tokens_map))
     try:
         text = template.render([dict(turn) for turn in turns], True, tools, kwargs)

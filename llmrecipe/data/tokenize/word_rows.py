@@ -32,7 +32,7 @@ def frame(tokens: Tokens) -> tuple[list[int], list[int]]:
     Examples:
         A BERT tokenizer gives ([CLS], [SEP]), a GPT-2 tokenizer nothing on either side.
     """
-    bare, framed = tokens.tokenizer("a", add_special_tokens=False)["input_ids"], tokens.raw(["a"])[0]
+    bare, framed = call_tokenizer(tokens.tokenizer, "a", add_special_tokens=False)["input_ids"], tokens.raw(["a"])[0]
     start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
     return framed[:start], framed[start + len(bare) :]
 
@@ -43,7 +43,8 @@ def pair_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     Examples:
         A BERT tokenizer gives ([CLS], [SEP], [SEP]).
     """
-    bare, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a", "a")["input_ids"]
+    bare = call_tokenizer(tokenizer, "a", add_special_tokens=False)["input_ids"]
+    framed = call_tokenizer(tokenizer, "a", "a")["input_ids"]
     places = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
     first, second = places[0], places[-1]
     return framed[:first], framed[first + len(bare) : second], framed[second + len(bare) :]

@@ -14,6 +14,7 @@ from llmrecipe.core.errors import RecipeError, UserError
 from llmrecipe.core.forward_context import Context
 from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
 from llmrecipe.core.registry import register
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.feedback.judges.choice import Leads, read_paths
 from llmrecipe.feedback.judges.chosen import Choice
 from llmrecipe.feedback.judges.labeller import Ask, Judge, chunks, short_hash
@@ -212,7 +213,7 @@ def loaded_roles(path: str, base: bool, dtype: str, rights: Mapping[str, bool]) 
 
 def spell(tokenizer: PreTrainedTokenizerBase, option: str) -> set[Path]:
     """Return token ids of an option with and without a leading space, and of the word as one entry of the vocabulary."""
-    found = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (option, f" {option}")}
+    found = {tuple(call_tokenizer(tokenizer, text, add_special_tokens=False)["input_ids"]) for text in (option, f" {option}")}
     single = tokenizer.get_vocab().get(option)
     return {path for path in found if path} | ({(single,)} if single is not None else set())
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.models import vocabulary
 from llmrecipe.models.hooks.hook import all_hooks, remove_hook
 from llmrecipe.runs.open_model import LoadedModel
@@ -58,7 +59,7 @@ class Spelled:
         reported = f"the trained prompt became {len(self.ids)} tokens of the vocabulary ({PROMPT_FILE})"
         if getattr(tokenizer, "chat_template", None):
             reported += "; the chat template puts them before a conversation"
-        ids = tokenizer(self.text + "a")["input_ids"]
+        ids = call_tokenizer(tokenizer, self.text + "a")["input_ids"]
         how = f"begin every other text with {self.words[0]} ... {self.words[-1]}, without spaces between them"
         if ids[: len(self.ids)] != self.ids:
             how = "of every other text, put their ids before all that the tokenizer gives"

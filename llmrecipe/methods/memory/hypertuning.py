@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.foreign import reading
@@ -23,6 +24,7 @@ from llmrecipe.models.hooks.hook import add_hook, device_of, row_index
 from llmrecipe.models.hooks.shared_module import add_shared, shared_modules
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
+from llmrecipe.models.tokenizer_file import read_tokenizer
 from llmrecipe.models.vocabulary import input_embedding
 
 if TYPE_CHECKING:
@@ -185,7 +187,7 @@ class Hypertuning(Wrapper):
             bare: make it without reading weights.
         """
         if config is not None:
-            return AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+            return AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32, trust_remote_code=False)
         if self.path is not None:
             return self._from_path(self.path, model, bare)
         embedding: Any = input_embedding(model)
@@ -203,7 +205,7 @@ class Hypertuning(Wrapper):
     def _from_path(self, path: str, model: nn.Module, bare: bool) -> PreTrainedModel:
         key = f"stack.{self.name}.path: {path}"
         with reading(key, "name an encoder-decoder in safetensors", ModelError):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise ModelError(f"{key}: '{config.model_type}' is no encoder-decoder")
         embedding: Any = input_embedding(model)
@@ -213,9 +215,11 @@ class Hypertuning(Wrapper):
                 "model's own tokens"
             )
         if bare:
-            return AutoModel.from_config(config, dtype=torch.float32)
+            return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         with reading(key, "name an encoder-decoder in safetensors", ModelError):
-            return AutoModel.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
+            return AutoModel.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
 
     # --- life cycle -----------------------------------------------------------------------------------------------
 
@@ -240,7 +244,7 @@ class Hypertuning(Wrapper):
         if self.path is None:
             return
         with reading(f"stack.{self.name}.path: {self.path}", "its folder must hold its tokenizer", ModelError):
-            theirs = AutoTokenizer.from_pretrained(self.path).get_vocab()
+            theirs = read_tokenizer(self.path, Path(self.path).is_dir()).get_vocab()
         own = probe.tokenizer.get_vocab()
         other = next((token for token, number in own.items() if theirs.get(token) != number), None)
         if other is not None:

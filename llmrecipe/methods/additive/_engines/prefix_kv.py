@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.methods._engines.document_tokens import host_of, stack_input
 from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.models.attention_calls import Prefix
@@ -401,7 +402,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int, name: st
     Raises:
         RecipeError: the text is empty.
     """
-    ids = list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+    ids = list(call_tokenizer(tokenizer, text, add_special_tokens=False)["input_ids"]) if text else []
     if not ids:
         raise RecipeError(f"stack.{name}.init_text: init: text needs a text with at least one token")
     return (ids * (count // len(ids) + 1))[:count]
