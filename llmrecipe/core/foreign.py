@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmrecipe.core.errors import LlmRecipeError, RunError, UserError
 from llmrecipe.core.printable import shortened
 
 DEPTH = 128
 """Deepest nesting of a JSON text."""
+LARGEST = 2**63 - 1
+"""Largest whole number that libraries hold."""
 REASON = 300
 """Characters of another library's message that are passed on."""
 NO_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memory", "unable to allocate", "array is too big")
@@ -85,18 +88,25 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_json(text: str | bytes, unique: bool = False) -> Any:
+def once_or_words(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON text as `once` does, where a table of words and numbers may repeat a word."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) or all(isinstance(value, int) for value in found.values()) else once(pairs)
+
+
+def parse_json(text: str | bytes, unique: bool | Literal["words"] = False) -> Any:
     """Parse JSON of bounded depth.
 
     Args:
-        unique: refuse an object that holds a key more than once; the last value would win in silence.
+        unique: refuse an object that holds a key more than once, as the last value would win in silence; `words` lets a table
+            of words and numbers repeat a word.
 
     Raises:
         ValueError: it is not JSON (a `json.JSONDecodeError`), is nested too deeply, holds a number of thousands of digits, or
             repeats a key (`DuplicateKey`).
     """
     try:
-        value = json.loads(text, object_pairs_hook=once if unique else None)
+        value = json.loads(text, object_pairs_hook=once_or_words if unique == "words" else once if unique else None)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
     except (json.JSONDecodeError, DuplicateKey):
@@ -122,6 +132,28 @@ def _deeper(value: object, levels: int) -> bool:
         if not layer:
             return False
     return True
+
+
+def whole_number(value: object, name: str) -> int:
+    """Return a whole number of at least zero that a file holds.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if type(value) is not int or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} is {value!r:.60}, no whole number")
+    return value
+
+
+def finite_number(value: object, name: str) -> float:
+    """Return a finite number that a file holds.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > LARGEST or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r:.60}, no finite number")
+    return value
 
 
 def read_json(path: Path, what: str = "", remedy: str = "", error: type[UserError] = RunError, kind: type = dict) -> Any:

@@ -6,14 +6,13 @@ the library once it has begun: it holds the interpreter's lock while it loads a 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.core.foreign import DuplicateKey, once
+from llmrecipe.core.foreign import DuplicateKey, parse_json
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 
 if TYPE_CHECKING:
@@ -86,18 +85,12 @@ def check_tokenizer_folder(folder: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file; nothing of one that the library will refuse with a message of its own."""
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_object)
+        found = parse_json(path.read_bytes(), unique="words")
     except DuplicateKey as error:
         raise ModelError(f"tokenizer.path: {path}: {error}; {REMEDY}") from error
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of a JSON text: a vocabulary may repeat a word; what another repeated key hides would not be checked."""
-    found = dict(pairs)
-    return found if len(found) == len(pairs) or all(isinstance(v, int) for v in found.values()) else once(pairs)
 
 
 def _fault(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:

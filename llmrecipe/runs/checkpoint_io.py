@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.file_hashes import digest as file_digest
-from llmrecipe.core.foreign import parse_json, reading
+from llmrecipe.core.foreign import parse_json, reading, whole_number
 from llmrecipe.runs.checksums import FILE as CHECKSUMS
 from llmrecipe.runs.checksums import file_fault, read_checksums
 from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync, sync_tree
@@ -244,10 +245,21 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
 
 
 def _joined(folder: Path, layout: Mapping[str, tuple[str, list[int]]]) -> dict[str, Tensor]:
-    """Return the whole tensors whose parts the processes wrote, by name."""
+    """Return the whole tensors whose parts the processes wrote, by name.
+
+    Raises:
+        ValueError: the layout names a length that is none, or more than the parts hold.
+        KeyError: it names another dtype than a checkpoint has.
+    """
     from llmrecipe.runtime.sharding import read_parts  # noqa: PLC0415 (seconds of imports that few checkpoints need)
 
-    found = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}
+    kinds = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    sizes = {name: math.prod(whole_number(n, f"a length of {name}") for n in shape) for name, (_, shape) in layout.items()}
+    promised = sum(sizes[name] * kinds[dtype].itemsize for name, (dtype, _) in layout.items())
+    held = sum(path.stat().st_size for path in folder.iterdir())
+    if promised > held:
+        raise ValueError(f"{DIVIDED}.json names tensors of {promised:,} bytes, and {folder.name} holds {held:,}")
+    found = {name: torch.empty(shape, dtype=kinds[dtype]) for name, (dtype, shape) in layout.items()}
     read_parts(folder, found)
     return found
 

@@ -29,6 +29,7 @@ from llmrecipe.models.checkpoint_path import DELTA_FILE, STACK_FILE
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import owner_of_name, shared_modules, shared_name
 from llmrecipe.models.sharded import whole
+from llmrecipe.models.stored_tensors import within_file
 from llmrecipe.recipe.yaml_file import load_bounded
 from llmrecipe.runs.checksums import verify
 
@@ -170,7 +171,8 @@ def _mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
     renamed = [replace(w, name=names[w.name]) for w in wrappers]
     task_heads.mount_heads(model, layer.tensors)
     stack = Stack(renamed)
-    stack.attach(model, {names[n]: s for n, s in layer.structures.items() if n in names})
+    with within_file(model, layer.tensors):
+        stack.attach(model, {names[n]: s for n, s in layer.structures.items() if n in names})
     stack.restore(model, {rename_tensor(name, names): value for name, value in task_heads.split(layer.tensors)[0].items()})
     freeze(model, stack)
     return stack.wrappers

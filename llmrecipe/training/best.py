@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.foreign import whole_number
 from llmrecipe.feedback.directions import Direction
 
 if TYPE_CHECKING:
@@ -62,10 +63,18 @@ class BestTracker:
         return {**known, "monitor": self.section.monitor, "mode": self.mode}
 
     def load_state(self, state: dict[str, Any]) -> bool:
-        """Restore what `state` returned; return False, and start fresh, where it came from another metric or mode."""
+        """Restore what `state` returned; return False, and start fresh, where it came from another metric or mode.
+
+        Raises:
+            ValueError: a value is none of its kind.
+        """
         if state.get("monitor", self.section.monitor) != self.section.monitor or state.get("mode", self.mode) != self.mode:
             return False
-        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+        best = state["best"]
+        if best is not None and (not isinstance(best, int | float) or isinstance(best, bool) or math.isnan(best)):
+            raise ValueError(f"the best value is {best!r:.60}, no number")
+        self.best, self.best_step = best, whole_number(state["best_step"], "the best step")
+        self.waited = whole_number(state["waited"], "waited")
         # A checkpoint of an older version does not say how many evaluations there were; it knew no warm-up.
-        self.seen = state.get("seen", 0)
+        self.seen = whole_number(state.get("seen", 0), "seen")
         return True

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
+from llmrecipe.core.foreign import finite_number, whole_number
 from llmrecipe.models.sharded import is_sharded, whole, write_whole
 
 if TYPE_CHECKING:
     from llmrecipe.runtime.processes import Runtime
 
+WORDS = 624
+"""Words of a Mersenne Twister."""
 SEPARATOR = "//"
 """Separates a parameter's name and the name of its state."""
 
@@ -156,13 +159,21 @@ def class_of(optimizer: torch.optim.Optimizer) -> str:
 def _restore_parameter(
     optimizer: torch.optim.Optimizer, index: int, position: int, parameter: Tensor, saved: dict[str, Any]
 ) -> None:
-    if hasattr(optimizer, "init_state"):
+    own_layout = hasattr(optimizer, "init_state")
+    if own_layout:
         # bitsandbytes allocates its own buffers (paged memory, shared code books); fill those.
         optimizer.init_state(optimizer.param_groups[index], parameter, index, position)
     state = optimizer.state[parameter]
     for key, value in saved.items():
         if not isinstance(value, Tensor):
-            state[key] = value
+            state[key] = (
+                None if value is None else value if isinstance(value, bool) else finite_number(value, f"the state {key}")
+            )
+        elif not own_layout and value.ndim and not _belongs(value, parameter):
+            raise ValueError(
+                f"the state {key} of a parameter of shape {tuple(parameter.shape)} is of {value.dtype} and shape "
+                f"{tuple(value.shape)}"
+            )
         elif is_sharded(parameter) and value.shape == parameter.shape:
             state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
             write_whole(state[key], value)
@@ -172,6 +183,11 @@ def _restore_parameter(
             # torch keeps its step counters on the CPU unless a fused kernel needs them on the parameter's device.
             on_cpu = value.ndim == 0 and not optimizer.param_groups[index].get("fused")
             state[key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+
+
+def _belongs(value: Tensor, parameter: Tensor) -> bool:
+    """Return whether a tensor can be part of a parameter's state: numbers for each entry, or for each row or column."""
+    return value.is_floating_point() and {*value.shape} <= {1, parameter.numel(), *parameter.shape}
 
 
 def random_state(generators: Mapping[str, torch.Generator | np.random.Generator] | None = None) -> dict[str, Any]:
@@ -200,10 +216,13 @@ def restore_random_state(
 
     Raises:
         RunError: a named generator is not in the saved state.
+        ValueError: a state is none of its generator; libraries raise other errors.
     """
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
+    if whole_number(position, "NumPy's place") > WORDS:  # it would read memory behind its words
+        raise ValueError(f"NumPy's place is {position}, and its generator has {WORDS} words")
     np.random.set_state((kind, _array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_bytes(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():

@@ -114,6 +114,13 @@ ODD: dict[str, tuple[str, object]] = {
     "parts of no dtype": ("delta_parts", {"x": ["load", [2]]}),
     "structures in words": ("structures", "x"),
     "a number of lines in words": ("events", {"lines": "x"}),
+    "a best value in words": ("judge", {"best": "low", "best_step": 1, "waited": 0, "seen": 1}),
+    "a best step in words": ("judge", {"best": 1.0, "best_step": "one", "waited": 0, "seen": 1}),
+    "a patience below zero": ("judge", {"best": 1.0, "best_step": 1, "waited": -4, "seen": 1}),
+    "generators in words": ("random", [{"python": [3, "x", None], "numpy": [], "torch": "", "cuda": []}]),
+    "generators of another process's kind": ("random", {"0": {}}),
+    "parts of tens of terabytes": ("delta_parts", {"x": ["float32", [10**7, 10**6]]}),
+    "parts of a length below zero": ("delta_parts", {"x": ["float32", [-(10**9), 10**6]]}),
 }
 """What is odd -> the document of a checkpoint, and its content."""
 

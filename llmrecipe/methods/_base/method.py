@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.registry import CONFIG
 from llmrecipe.models.hooks.hook import own_tensors
+from llmrecipe.models.stored_tensors import put
 
 if TYPE_CHECKING:
     import torch
@@ -311,11 +312,12 @@ class Wrapper:
         return {name: state[name].detach() for name in sorted(names)}
 
     def restore(self, model: nn.Module, delta: dict[str, Tensor]) -> None:
-        """Put a saved delta back into an attached model, bit for bit."""
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with torch.no_grad():
-            for name, value in delta.items():
-                state[name].copy_(value)
+        """Put a saved delta back into an attached model, bit for bit.
+
+        Raises:
+            ValueError: its tensors have other shapes than the model's.
+        """
+        put(model, delta)
 
     def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return live tensors that training alone needs and `attach` cannot rebuild: checkpoints hold them, results do not."""

@@ -22,6 +22,7 @@ from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.sharded import is_sharded
+from llmrecipe.models.stored_tensors import put
 from llmrecipe.models.task_heads import is_head
 from llmrecipe.models.vocabulary import reads_images
 from llmrecipe.recipe.stack_rules import Declared, refusals
@@ -233,18 +234,23 @@ class Stack:
         return tensors
 
     def restore(self, model: nn.Module, delta: Mapping[str, Tensor]) -> None:
-        """Load a saved delta back, bit for bit."""
+        """Load a saved delta back, bit for bit.
+
+        Raises:
+            RecipeError: it holds tensors that this stack does not have.
+            ValueError: it lacks tensors of a wrapper, or has others of their names.
+        """
         left = dict(delta)
         for wrapper in self.wrappers:
-            own = {name: left.pop(name) for name in wrapper.delta(model) if name in left}
-            wrapper.restore(model, own)
+            wanted = list(wrapper.delta(model))
+            if missing := [name for name in wanted if name not in left]:
+                raise ValueError(f"the saved delta lacks {', '.join(missing[:5])} of {wrapper.name}")
+            wrapper.restore(model, {name: left.pop(name) for name in wanted})
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         unknown = sorted(set(left) - set(state))
         if unknown:
             raise RecipeError(f"the saved delta holds tensors this stack does not have: {', '.join(unknown[:5])}")
-        with torch.no_grad():
-            for name, value in left.items():
-                state[name].copy_(value)
+        put(model, left)
 
     def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what the wrappers need to go on training and did not learn, by `<wrapper>.<name>`."""
@@ -254,6 +260,8 @@ class Stack:
     def load_training_tensors(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         """Put back what `training_tensors` returned."""
         for name, tensor in self.training_tensors(model).items():
+            if saved[name].shape != tensor.shape:
+                raise ValueError(f"the saved {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(saved[name])
 
     # --- the policy of step 0 -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.foreign import finite_number, whole_number
 from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.late_values import MetricSums
@@ -151,7 +152,14 @@ class Mezo(Wrapper):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the estimates."""
-        self._update.past = [StepEstimate(step, lr, tuple(g)) for step, lr, g in state.get("past", [])]
+        self._update.past = [
+            StepEstimate(
+                whole_number(step, "a step"),
+                finite_number(lr, "a learning rate"),
+                tuple(finite_number(value, "a projected gradient") for value in g),
+            )
+            for step, lr, g in state.get("past", [])
+        ]
 
     def memory(self, model: nn.Module) -> dict[str, int]:
         """Return closed forms: no gradients, no saved activations, and no optimizer state unless moments are stored."""

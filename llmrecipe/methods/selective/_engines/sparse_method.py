@@ -28,6 +28,7 @@ from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site_finder import widths
+from llmrecipe.models.stored_tensors import put
 from llmrecipe.models.task_heads import excluded, is_head
 
 
@@ -209,12 +210,11 @@ def restore_chosen(model: nn.Module, owner: str, delta: Mapping[str, Tensor]) ->
 
     Raises:
         ModelError: the base's numbers at the selection are not those the delta was trained on.
+        ValueError: its tensors have other shapes than the selection.
     """
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for _, module, hook in sparse_hooks(model, owner):
         withdraw(module, hook)
-    for name, value in delta.items():
-        state[name].copy_(value)
+    put(model, delta)
     for _, module, hook in sparse_hooks(model, owner):
         if hook.expected and hook.mode != "term" and base_digest(module, hook) != hook.expected:
             raise ModelError(

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmrecipe.core.foreign import finite_number
+
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
     """Estimate the divergence per token, in the shape of the inputs.
@@ -60,4 +62,4 @@ class KlController:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.coef = float(state["coef"])
+        self.coef = finite_number(state["coef"], "the KL coefficient")
