@@ -160,7 +160,7 @@ def _restore_parameter(
     optimizer: torch.optim.Optimizer, index: int, position: int, parameter: Tensor, saved: dict[str, Any]
 ) -> None:
     own_layout = hasattr(optimizer, "init_state")
-    if own_layout:
+    if hasattr(optimizer, "init_state"):
         # bitsandbytes allocates its own buffers (paged memory, shared code books); fill those.
         optimizer.init_state(optimizer.param_groups[index], parameter, index, position)
     state = optimizer.state[parameter]
