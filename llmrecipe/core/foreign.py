@@ -134,7 +134,7 @@ def _deeper(value: object, levels: int) -> bool:
     return True
 
 
-def whole_number(value: object, name: str) -> int:
+def stored_count(value: object, name: str) -> int:
     """Return a whole number of at least zero that a file holds.
 
     Raises:
@@ -145,7 +145,7 @@ def whole_number(value: object, name: str) -> int:
     return value
 
 
-def finite_number(value: object, name: str) -> float:
+def stored_number(value: object, name: str) -> float:
     """Return a finite number that a file holds.
 
     Raises:

@@ -15,7 +15,7 @@ SLACK = 1 << 20
 
 
 @torch.no_grad()
-def put(model: nn.Module, saved: Mapping[str, Tensor], wanted: Collection[str] = ()) -> None:
+def copy_saved(model: nn.Module, saved: Mapping[str, Tensor], wanted: Collection[str] = ()) -> None:
     """Copy saved tensors into the parameters and buffers of their names, bit for bit.
 
     Args:

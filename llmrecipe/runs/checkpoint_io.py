@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.file_hashes import digest as file_digest
-from llmrecipe.core.foreign import parse_json, reading, whole_number
+from llmrecipe.core.foreign import parse_json, reading, stored_count
 from llmrecipe.runs.checksums import FILE as CHECKSUMS
 from llmrecipe.runs.checksums import file_fault, read_checksums
 from llmrecipe.runs.durable import ASIDE, REPLACED, clear_leftovers, delete, put_in_place, sync, sync_tree
@@ -254,7 +254,7 @@ def _joined(folder: Path, layout: Mapping[str, tuple[str, list[int]]]) -> dict[s
     from llmrecipe.runtime.sharding import read_parts  # noqa: PLC0415 (seconds of imports that few checkpoints need)
 
     kinds = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    sizes = {name: math.prod(whole_number(n, f"a length of {name}") for n in shape) for name, (_, shape) in layout.items()}
+    sizes = {name: math.prod(stored_count(n, f"a length of {name}") for n in shape) for name, (_, shape) in layout.items()}
     promised = sum(sizes[name] * kinds[dtype].itemsize for name, (dtype, _) in layout.items())
     held = sum(path.stat().st_size for path in folder.iterdir())
     if promised > held:

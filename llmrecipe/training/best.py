@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
-from llmrecipe.core.foreign import whole_number
+from llmrecipe.core.foreign import stored_count
 from llmrecipe.feedback.directions import Direction
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class BestTracker:
         best = state["best"]
         if best is not None and (not isinstance(best, int | float) or isinstance(best, bool) or math.isnan(best)):
             raise ValueError(f"the best value is {best!r:.60}, no number")
-        self.best, self.best_step = best, whole_number(state["best_step"], "the best step")
-        self.waited = whole_number(state["waited"], "waited")
+        self.best, self.best_step = best, stored_count(state["best_step"], "the best step")
+        self.waited = stored_count(state["waited"], "waited")
         # A checkpoint of an older version does not say how many evaluations there were; it knew no warm-up.
-        self.seen = whole_number(state.get("seen", 0), "seen")
+        self.seen = stored_count(state.get("seen", 0), "seen")
         return True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.core.foreign import finite_number, whole_number
+from llmrecipe.core.foreign import stored_count, stored_number
 from llmrecipe.models.sharded import is_sharded, whole, write_whole
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _restore_parameter(
     for key, value in saved.items():
         if not isinstance(value, Tensor):
             state[key] = (
-                None if value is None else value if isinstance(value, bool) else finite_number(value, f"the state {key}")
+                None if value is None else value if isinstance(value, bool) else stored_number(value, f"the state {key}")
             )
         elif not own_layout and value.ndim and not _belongs(value, parameter):
             raise ValueError(
@@ -221,7 +221,7 @@ def restore_random_state(
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
-    if whole_number(position, "NumPy's place") > WORDS:  # it would read memory behind its words
+    if stored_count(position, "NumPy's place") > WORDS:  # it would read memory behind its words
         raise ValueError(f"NumPy's place is {position}, and its generator has {WORDS} words")
     np.random.set_state((kind, _array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_bytes(state["torch"]))

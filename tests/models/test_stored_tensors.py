@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.models.stored_tensors import SLACK, put, within_file
+from llmrecipe.models.stored_tensors import SLACK, copy_saved, within_file
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs.delta import Layer, mount_layer
 from llmrecipe.runs.open_model import open_model
@@ -31,12 +31,12 @@ def model() -> Any:
 def test_tensors_that_do_not_fit_are_refused(saved: dict[str, torch.Tensor], said: str) -> None:
     """A tensor of one row would be repeated by PyTorch, and one that is missing would stay as it was."""
     with pytest.raises(ValueError, match=said):
-        put(torch.nn.Linear(4, 2), saved, ["weight", "bias"])
+        copy_saved(torch.nn.Linear(4, 2), saved, ["weight", "bias"])
 
 
 def test_tensors_that_fit_are_put_to_the_bit() -> None:
     linear, wanted = torch.nn.Linear(4, 2), {"weight": torch.randn(2, 4), "bias": torch.randn(2)}
-    put(linear, wanted, ["bias"])
+    copy_saved(linear, wanted, ["bias"])
     assert all(torch.equal(linear.state_dict()[name], value) for name, value in wanted.items())
 
 

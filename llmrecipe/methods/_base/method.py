@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.registry import CONFIG
 from llmrecipe.models.hooks.hook import own_tensors
-from llmrecipe.models.stored_tensors import put
+from llmrecipe.models.stored_tensors import copy_saved
 
 if TYPE_CHECKING:
     import torch
@@ -317,7 +317,7 @@ class Wrapper:
         Raises:
             ValueError: its tensors have other shapes than the model's.
         """
-        put(model, delta)
+        copy_saved(model, delta)
 
     def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return live tensors that training alone needs and `attach` cannot rebuild: checkpoints hold them, results do not."""

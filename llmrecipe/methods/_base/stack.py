@@ -22,7 +22,7 @@ from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.sharded import is_sharded
-from llmrecipe.models.stored_tensors import put
+from llmrecipe.models.stored_tensors import copy_saved
 from llmrecipe.models.task_heads import is_head
 from llmrecipe.models.vocabulary import reads_images
 from llmrecipe.recipe.stack_rules import Declared, refusals
@@ -250,7 +250,7 @@ class Stack:
         unknown = sorted(set(left) - set(state))
         if unknown:
             raise RecipeError(f"the saved delta holds tensors this stack does not have: {', '.join(unknown[:5])}")
-        put(model, left)
+        copy_saved(model, left)
 
     def training_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what the wrappers need to go on training and did not learn, by `<wrapper>.<name>`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.foreign import finite_number, whole_number
+from llmrecipe.core.foreign import stored_count, stored_number
 from llmrecipe.core.option_types import Literal, NonNegativeInt, OpenFraction, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
@@ -178,8 +178,8 @@ class Freeze(Wrapper):
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore them."""
         active, mean = state.get("active"), state.get("mean", [])
-        self._norms.active = None if active is None else [whole_number(block, "a block") for block in active]
-        self._norms.mean = [finite_number(value, "the mean of a block") for value in mean]
+        self._norms.active = None if active is None else [stored_count(block, "a block") for block in active]
+        self._norms.mean = [stored_number(value, "the mean of a block") for value in mean]
 
     def delta(self, model: nn.Module) -> dict[str, Tensor]:
         """Return nothing: what trained is saved by its own method, or with all weights."""

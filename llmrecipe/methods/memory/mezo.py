@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.foreign import finite_number, whole_number
+from llmrecipe.core.foreign import stored_count, stored_number
 from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.late_values import MetricSums
@@ -154,9 +154,9 @@ class Mezo(Wrapper):
         """Restore the estimates."""
         self._update.past = [
             StepEstimate(
-                whole_number(step, "a step"),
-                finite_number(lr, "a learning rate"),
-                tuple(finite_number(value, "a projected gradient") for value in g),
+                stored_count(step, "a step"),
+                stored_number(lr, "a learning rate"),
+                tuple(stored_number(value, "a projected gradient") for value in g),
             )
             for step, lr, g in state.get("past", [])
         ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.foreign import whole_number
+from llmrecipe.core.foreign import stored_count
 from llmrecipe.core.option_types import Fraction, Literal, NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
@@ -113,7 +113,7 @@ class Gkd(Distilled, Objective):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on with the next step."""
-        self.live["step"] = whole_number(state["step"], "step")
+        self.live["step"] = stored_count(state["step"], "step")
 
 
 def _prompt(row: dict[str, Any]) -> int:

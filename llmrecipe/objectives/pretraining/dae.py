@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.foreign import finite_number
+from llmrecipe.core.foreign import stored_number
 from llmrecipe.core.option_types import Literal, NonNegativeFloat
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch, Sequence, pad
@@ -307,7 +307,7 @@ class Dae(Denoising, Objective):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore it."""
-        self.watched.update({name: finite_number(value, name) for name, value in state.items()})
+        self.watched.update({name: stored_number(value, name) for name, value in state.items()})
 
     # --- outliers -------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site_finder import widths
-from llmrecipe.models.stored_tensors import put
+from llmrecipe.models.stored_tensors import copy_saved
 from llmrecipe.models.task_heads import excluded, is_head
 
 
@@ -214,7 +214,7 @@ def restore_chosen(model: nn.Module, owner: str, delta: Mapping[str, Tensor]) ->
     """
     for _, module, hook in sparse_hooks(model, owner):
         withdraw(module, hook)
-    put(model, delta)
+    copy_saved(model, delta)
     for _, module, hook in sparse_hooks(model, owner):
         if hook.expected and hook.mode != "term" and base_digest(module, hook) != hook.expected:
             raise ModelError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrecipe.core.foreign import finite_number
+from llmrecipe.core.foreign import stored_number
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
@@ -62,4 +62,4 @@ class KlController:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.coef = finite_number(state["coef"], "the KL coefficient")
+        self.coef = stored_number(state["coef"], "the KL coefficient")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmrecipe.core.foreign import whole_number
+from llmrecipe.core.foreign import stored_count
 from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.answer_ends import end_tokens
 from llmrecipe.engine.forward import Critic
@@ -290,7 +290,7 @@ class Rollouts:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the state, to continue after the last whole rollout."""
-        self.count, self.boundary = whole_number(state["rollouts"], "rollouts"), True
+        self.count, self.boundary = stored_count(state["rollouts"], "rollouts"), True
 
 
 def _or_nan(score: float | None) -> float:
