@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def verify_stages(pipeline: Composition) -> Iterator[CheckResult]:
     """Yield the lines of every training of a pipeline, `STAGE.CHECK` each, in the order in which the stages run.
 
-    Trainings that differ by nothing but the seed are one; steps run as they are written, if a training needs their result.
-    What the stages print goes to the standard error.
+    Trainings that differ by nothing but the seed and the learning rate are one, and the others of them run only where a later
+    stage needs their result; steps run as they are written, if a training needs theirs. What the stages print goes to the
+    standard error.
 
     Raises:
         UserError: a stage's recipe is wrong (before anything starts), or a step stopped.
@@ -41,12 +42,17 @@ def verify_stages(pipeline: Composition) -> Iterator[CheckResult]:
         with contextlib.redirect_stdout(sys.stderr):
             check_stages(made)
         seen: set[str] = set()
-        for planned in needed_stages(made):
+        needed = needed_stages(made)
+        read = {name for planned in needed for name in planned.stage.inputs}
+        for planned in needed:
             if isinstance(planned.composition, StepComposition):
                 make_step(planned)
                 continue
+            is_new = (what := training_of(planned)) not in seen
+            if not is_new and planned.name not in read:
+                continue
             bench = bench_of_stage(planned, folder / planned.name)
-            if (what := training_of(planned)) not in seen:
+            if is_new:
                 seen.add(what)
                 for line in verify_bench(bench):
                     yield replace(line, check=f"{planned.name}.{line.check}")
@@ -67,8 +73,10 @@ def needed_stages(made: Plan) -> list[Planned]:
 
 
 def training_of(planned: Planned) -> str:
-    """Return a stage's recipe as text, without its seed."""
-    return json.dumps({key: value for key, value in planned.mapping.items() if key != "seed"}, sort_keys=True, default=str)
+    """Return a stage's recipe as text, without its seed and its learning rate."""
+    optim = {key: value for key, value in planned.mapping.get("optim", {}).items() if key != "lr"}
+    kept = {key: value for key, value in planned.mapping.items() if key != "seed"}
+    return json.dumps({**kept, "optim": optim}, sort_keys=True, default=str)
 
 
 def bench_of_stage(planned: Planned, folder: Path) -> Bench:

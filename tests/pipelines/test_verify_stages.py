@@ -59,6 +59,20 @@ def test_every_training_is_verified_on_the_results_before_it(pipeline: str, caps
     assert [p.name for p in Path.cwd().iterdir()] == [pipeline]
 
 
+def test_a_rate_makes_no_other_training_and_what_nothing_reads_is_not_run(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = PIPELINE.replace("seed: [0, 1]", "rate: [1e-3, 1e-2]").replace(
+        'seed: "${matrix:seed}"', 'optim: {lr: "${matrix:rate}"}'
+    )
+    Path(pipeline).write_text(text.replace("${stage:sft-0}", "tiny").replace("sft-1", "sft-0_001"), encoding="utf-8")
+    ran: list[str] = []
+    keep = module.keep_run
+    monkeypatch.setattr(module, "keep_run", lambda run, planned: (ran.append(planned.name), keep(run, planned)))
+    lines = list(verify_stages(compose(pipeline, [])))
+    assert {line.check.partition(".")[0] for line in lines} == {"sft-0_001", "last"} and ran == ["sft-0_001", "last"]
+
+
 def test_needed_stages(pipeline: str) -> None:
     made = plan(compose(pipeline, []))
     assert [s.name for s in needed_stages(made)] == ["sft-0", "sft-1", "said", "last"]
