@@ -69,6 +69,11 @@ def compose(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (
     """
     from llmrecipe.recipe.validate import validate
 
+    if not isinstance(recipe, str | Path):
+        raise RecipeError(
+            "compose: the first argument is a recipe by name, file or run directory, and overrides are the second, as in "
+            f"compose('sft_lora', {{'steps': 10}}); got {recipe!r:.80}"
+        )
     words = words_of(overrides)
     name, path, mapping, origins, notes, foreign = compose_mapping(recipe, words, foreign)
     name_variables(mapping)

@@ -7,10 +7,11 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrecipe.core.errors import Interrupted, LlmRecipeError
+from llmrecipe.core.errors import Interrupted, LlmRecipeError, RecipeError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.engine.reference_policy import prepare_reference
+from llmrecipe.recipe.compose import Composition
 from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.runtime.caller_state import kept_for_caller, one_training
 from llmrecipe.training import forgetting, step_zero_checks
@@ -21,8 +22,6 @@ from llmrecipe.training.startup_report import announce
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from llmrecipe.recipe.compose import Composition
 
 
 @steady_output()
@@ -42,6 +41,8 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
         UserError: the recipe, data or model is unusable, the run stopped itself, or another one runs in this process.
         Interrupted: a signal arrived; a checkpoint has been written.
     """
+    if not isinstance(composition, Composition):
+        raise RecipeError(f"train: takes what `compose` returns, as in train(compose('sft_lora')); got {composition!r:.80}")
     refuse_stages(composition.mapping)
     run = Run.open(composition, Path(resume) if resume else None)
     try:

@@ -72,6 +72,12 @@ def test_a_missing_file_says_where_it_looked() -> None:
     assert "no such file" in refusal("./nowhere.yaml")
 
 
+@pytest.mark.parametrize("given", [{"steps": 3}, 5, None])
+def test_what_is_no_recipe_is_told_what_comes_first(given: object) -> None:
+    with pytest.raises(RecipeError, match=r"compose: the first argument is a recipe by name, file or run directory.*; got"):
+        compose(given)  # type: ignore[arg-type]
+
+
 def test_every_packaged_recipe_composes() -> None:
     broken = {}
     for name in all_recipes():

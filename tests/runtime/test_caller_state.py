@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmrecipe import load
-from llmrecipe.core.errors import RunError
+from llmrecipe import load, train
+from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.runtime.caller_state import VARIABLES, one_training
 from tests.trainings import train_recipe
 
@@ -61,3 +61,9 @@ def test_two_trainings_at_once_are_refused(tmp_path: Path) -> None:
         train_recipe(tmp_path / "run", "sft_lora", "steps=1")
     with one_training():
         pass
+
+
+@pytest.mark.parametrize("given", ["sft_lora", None])
+def test_what_is_no_composition_is_told_where_to_get_one(given: object) -> None:
+    with pytest.raises(RecipeError, match=r"train: takes what `compose` returns, as in train\(compose\('sft_lora'\)\); got"):
+        train(given)  # type: ignore[arg-type]
