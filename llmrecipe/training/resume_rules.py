@@ -88,6 +88,11 @@ def _check_end(directory: RunDir, done: int, steps: int, progress: Mapping[str, 
     """Refuse to continue a finished run that has nothing left to do, or no checkpoint of its end."""
     path = directory.path
     if steps <= done or (progress.get("ended") and not goes_on(changes)):
+        if not (path / "final").is_dir():
+            raise RunError(
+                f"resume: {path} ended at step {done} and its result, {path / 'final'}, is gone; put it back, or delete {path} "
+                "and start it again with the command it was started with"
+            )
         directory.tidy()
         more = f"steps=MORE (more than {done}) continues it from there"
         raise RunError(f"resume: {path} is finished: it ended at step {done}; {more}")

@@ -89,6 +89,9 @@ def test_a_finished_run_without_a_checkpoint_of_its_end_is_not_trained_again(tmp
     save = RunDir.open(tmp_path / "run", write=False).path / "checkpoints" / "step-000001"
     assert not save.exists() and (tmp_path / "run" / "events.jsonl").read_bytes() == before
     assert RunDir.open(tmp_path / "run", write=False).read_status()["status"] == "done"
+    shutil.rmtree(tmp_path / "run" / "final")
+    with pytest.raises(RunError, match=r"ended at step 2 and its result, .*final, is gone; put it back, or delete .*run and"):
+        more(tmp_path / "run")
 
 
 def test_an_old_final_is_kept_until_the_new_one_is_whole_and_best_weights_outlive_the_end(
