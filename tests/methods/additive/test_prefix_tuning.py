@@ -281,8 +281,8 @@ def test_an_open_prefix_is_not_the_base_even_at_zero() -> None:
 class Letters:
     """A tokenizer of one token a letter."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(c) % 60 + 3 for c in text]
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % 60 + 3 for c in text]}
 
 
 @pytest.mark.parametrize(("family", "positions"), [("llama", "free"), ("llama", "shift"), ("qwen3", "free"), ("gpt2", "shift")])

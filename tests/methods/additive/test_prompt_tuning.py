@@ -34,8 +34,8 @@ TEXT = [11, 12, 13, 11]
 class Letters:
     """A tokenizer of fixed ids."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(c) - 86 for c in text]
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) - 86 for c in text]}
 
 
 def prompt(**options: Any) -> PromptTuning:
