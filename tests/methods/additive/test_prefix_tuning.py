@@ -290,7 +290,7 @@ def test_a_prefix_from_text_is_that_text_in_front(family: str, positions: str) -
     wrapper = prefix(reparam="flat", init="text", init_text="sum", positions=positions)
     model = adapted(wrapper, family)
     wrapper.calibrate(model, Probe(None, None, tokenizer=Letters()))
-    text = (Letters().encode("sum") * P)[:P]
+    text = (Letters()("sum")["input_ids"] * P)[:P]
     wanted = tiny_model(family)(input_ids=torch.tensor([[*text, *IDS[0].tolist()]])).logits[:, P:]
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, atol=2e-4, rtol=1e-4)
 
