@@ -12,7 +12,7 @@ from llmrecipe.interop.export_card import name_base, write_card
 from llmrecipe.interop.export_options import FORMATS, ExportOptions
 from llmrecipe.interop.gguf.gguf_export import export_gguf
 from llmrecipe.interop.merge_adapters import open_combination
-from llmrecipe.interop.merged import Exported, export_merged
+from llmrecipe.interop.merged import Exported, export_merged, serving_notes
 from llmrecipe.interop.peft.exporter import export_adapter_hub, export_peft
 from llmrecipe.interop.sentence_transformers_folder import export_sentence_transformers
 from llmrecipe.interop.vllm_lora import export_vllm_lora
@@ -38,6 +38,7 @@ def export_run(
         loaded = open_combination([(str(run), options.weight), *options.add.items()], options.merge, rights)
     if options.to == "merged":
         done = export_merged(run, out, dtype=options.dtype, bound=bound, options=ranks, loaded=loaded, rights=rights)
+        done.notes.extend(serving_notes(done.path))
     elif options.to == "vllm-lora":
         done = export_vllm_lora(run, out, base=options.base, bound=bound, options=ranks, loaded=loaded, rights=rights)
     elif options.to == "gguf":

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from llmrecipe.core.errors import ModelError, RunError
+from llmrecipe.core.foreign import read_json
 from llmrecipe.engine.answer_ends import end_tokens
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.load_run import open_run
@@ -112,14 +114,16 @@ def export_merged(
         difference = verify_logits.compare_logits(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)
         verify_logits.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
         verify_logits.write_golden(folder, verify_logits.golden(plain, loaded.tokenizer, front))
-    if known_to_servers(family):
-        notes.append(f"vLLM: {shlex.join(['vllm', 'serve', str(target)])}")
     return Exported(target, difference, notes)
 
 
-def known_to_servers(family: type) -> bool:
-    """Return whether a class continues texts and is one of Transformers' own, so that other servers know it."""
-    return family.__name__.endswith(("ForCausalLM", "LMHeadModel")) and family.__module__.partition(".")[0] == "transformers"
+def serving_notes(folder: Path) -> list[str]:
+    """Return how vLLM serves a merged folder: where its class continues texts and is one of Transformers' own."""
+    config = read_json(folder / "config.json")
+    names = [name for name in config.get("architectures") or [] if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if "auto_map" in config or not any(hasattr(transformers, name) for name in names):
+        return []
+    return [f"vLLM: {shlex.join(['vllm', 'serve', str(folder)])}"]
 
 
 def refuse_label_head(loaded: LoadedModel, name: str) -> None:

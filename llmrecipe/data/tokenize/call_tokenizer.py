@@ -56,5 +56,12 @@ def call_tokenizer(
     ) from cause
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Return whether a tokenizer puts its BOS before a text, and its end token after it."""
+    ids = list(call_tokenizer(tokenizer, "a")["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return bos is not None and ids[:1] == [bos], eos is not None and ids[-1:] == [eos]
+
+
 def _listed(texts: str | Sequence[str]) -> str | list[str]:
     return texts if isinstance(texts, str) else list(texts)

@@ -24,7 +24,7 @@ from llmrecipe.core.registry import CONFIG
 from llmrecipe.core.time_limit import BoundError, bounded
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.messages import THOUGHTS
-from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
+from llmrecipe.data.tokenize.call_tokenizer import added_tokens, call_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -283,7 +283,7 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
         if template is not None and written is not None:
             tokenizer.chat_template = {"default": written.text, "own": template.text}
     elif template is not None and formats != "tokens":
-        adds = _adds_bos(tokenizer)
+        adds, _ = added_tokens(tokenizer)
         tokenizer.chat_template = {"default": RAW if adds else RAW.removeprefix(BOS), "own": template.text}
         tokenizer.init_kwargs[KEY] = "raw"
 
@@ -291,12 +291,6 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
 def is_prompted_raw(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether prompts of this tokenizer's model are raw text: it has no template, or was trained without it."""
     return not tokenizer.chat_template or getattr(tokenizer, "init_kwargs", {}).get(KEY) == "raw"
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer writes a BOS before raw text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and call_tokenizer(tokenizer, "a")["input_ids"][:1] == [bos]
 
 
 def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
@@ -312,7 +306,7 @@ def _fit(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
         )
     if "eos_token" in text and tokenizer.eos_token is None:
         raise DataError(f"tokenizer.chat_template={name}: the tokenizer has no end token to close answers with")
-    adds = _adds_bos(tokenizer)
+    adds, _ = added_tokens(tokenizer)
     return text if adds else text.removeprefix(BOS)
 
 

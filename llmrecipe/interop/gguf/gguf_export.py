@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.core.lazy import is_installed
 from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.tokenize.call_tokenizer import added_tokens
 from llmrecipe.data.tokenize.chat_templates import template_of
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.export_options import GGUF_FILE, Q8_0
@@ -28,7 +29,7 @@ from llmrecipe.interop.gguf.architecture import BEYOND_READER, refuse_family
 from llmrecipe.interop.gguf.converter import find_converter, run_converter
 from llmrecipe.interop.gguf.ollama import CONVERSATIONS, MODELFILE, modelfile
 from llmrecipe.interop.gguf.token_tables import token_tables_of
-from llmrecipe.interop.gguf.writer import STORED, adds, write_gguf
+from llmrecipe.interop.gguf.writer import STORED, write_gguf
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, export_merged, kept_dtype, target_folder, writing
 from llmrecipe.interop.plain_family import plain_family
@@ -83,12 +84,12 @@ def export_gguf(
         tokenizer = AutoTokenizer.from_pretrained(merged.path)
         config = AutoConfig.from_pretrained(merged.path)
         notes = [
-            *(note for note in merged.notes if not note.startswith("vLLM: ")),
+            *merged.notes,
             f"merged: {merged.difference}",
             *_write(script, folder, config, tokenizer, kind, Path(run).name),
         ]
         difference, more = _proof(folder, tokenizer, wide, kind, bound)
-        text, other = modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings, adds(tokenizer)[0])
+        text, other = modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings, added_tokens(tokenizer)[0])
         (folder / MODELFILE).write_text(text, encoding="utf-8")
         golden = merged.path / verify_logits.GOLDEN_FILE
         os.replace(golden, folder / golden.name)

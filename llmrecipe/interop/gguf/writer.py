@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.lazy import load_module
-from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
+from llmrecipe.data.tokenize.call_tokenizer import added_tokens
 from llmrecipe.data.tokenize.chat_templates import template_of, turn_end_tokens
 from llmrecipe.interop.gguf.architecture import ARCHITECTURES, add_numbers, as_stored, more_tensors, refuse_family
 from llmrecipe.interop.gguf.token_tables import TokenTables, token_tables_of
@@ -117,18 +117,11 @@ def _add_vocabulary(writer: Any, vocabulary: TokenTables, tokenizer: PreTrainedT
     ends = [number for number in turn_end_tokens(tokenizer) if number != tokenizer.eos_token_id]
     if ends:
         writer.add_eot_token_id(ends[0])
-    first, last = adds(tokenizer)
+    first, last = added_tokens(tokenizer)
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
     if (text := plain_template(tokenizer)) is not None:
         writer.add_chat_template(text)
-
-
-def adds(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Return whether a tokenizer puts its first token before a text, and its last token after it."""
-    ids = list(call_tokenizer(tokenizer, "a")["input_ids"])
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return bos is not None and ids[:1] == [bos], eos is not None and ids[-1:] == [eos]
 
 
 def plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
