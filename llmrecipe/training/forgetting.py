@@ -30,7 +30,7 @@ from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import FORGETTING
 from llmrecipe.training.build_run import base_is_frozen
 from llmrecipe.training.intervals import ends
-from llmrecipe.training.read_rows import GENERAL_ROWS, general_rows
+from llmrecipe.training.read_rows import GENERAL_ROWS
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
@@ -44,7 +44,7 @@ Sums = list[list[float]]
 
 def score_before(run: RunState) -> None:
     """Score the general sets under the model the run starts from, and keep the scores of every row in the run directory."""
-    sets = general_rows(run.recipe, run.objective)
+    sets = run.general
     if not sets:
         return
     before = {name: row_losses(run, rows, base=True) for name, rows in sets.items()}
@@ -81,7 +81,7 @@ def score_after(run: RunState) -> dict[str, float]:
     Raises:
         RunError: a set has other rows than before.
     """
-    sets = general_rows(run.recipe, run.objective)
+    sets = run.general
     metrics = _compared(run, sets, run.recipe.eval.bootstrap)
     if metrics and base_is_frozen(run.stack):
         apart = [_mean(np.array(row_divergences(run, rows))) for rows in sets.values()]
@@ -103,7 +103,7 @@ def score_between(run: RunState) -> bool:
     section, step = run.recipe.eval, run.progress.step
     if not step or not (section.forgetting_curve or section.forgetting_limit is not None):
         return False
-    metrics = _compared(run, general_rows(run.recipe, run.objective), samples=0)
+    metrics = _compared(run, run.general, samples=0)
     if not metrics:
         return False
     run.events.evaluation(step=step, **metrics)

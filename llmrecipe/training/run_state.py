@@ -27,6 +27,7 @@ from llmrecipe.runs.events import is_step
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.evaluate import Evaluation
 from llmrecipe.training.measured_memory import MemoryMeter
+from llmrecipe.training.read_rows import general_rows
 from llmrecipe.training.weight_changes import StartValues
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmrecipe.data.prepare import SplitRows
+    from llmrecipe.data.token_data import TokenData
     from llmrecipe.engine.role_models import Roles
     from llmrecipe.models.pretrained import LanguageModel
     from llmrecipe.objectives.base import Objective
@@ -164,6 +166,11 @@ class RunState:
     def plan(self) -> BatchPlan:
         """Return which training rows each batch has."""
         return BatchPlan.of(self.recipe.batch, len(self.data))
+
+    @cached_property
+    def general(self) -> dict[str, TokenData]:
+        """Return the general sets of `eval.forgetting`, which are scored several times."""
+        return general_rows(self.recipe, self.objective)
 
     def order(self, epoch: int) -> np.ndarray | range:
         """Return the row indices of an epoch in training order."""
