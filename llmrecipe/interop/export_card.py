@@ -53,8 +53,8 @@ SNIPPETS = {
         "from sentence_transformers import SentenceTransformer\n\nvectors = SentenceTransformer({here!r}).encode(['A text.'])"
     ),
 }
-SNIPPETS["vllm-lora"] = SNIPPETS["peft"]
 """Format -> how its folder is used; `here` is the folder, or its repository."""
+SNIPPETS["vllm-lora"] = SNIPPETS["peft"]
 AUTO = {
     "text-generation": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",

@@ -159,17 +159,17 @@ def class_of(optimizer: torch.optim.Optimizer) -> str:
 def _restore_parameter(
     optimizer: torch.optim.Optimizer, index: int, position: int, parameter: Tensor, saved: dict[str, Any]
 ) -> None:
-    own_layout = hasattr(optimizer, "init_state")
-    if hasattr(optimizer, "init_state"):
+    allocate: Any = getattr(optimizer, "init_state", None)
+    if allocate is not None:
         # bitsandbytes allocates its own buffers (paged memory, shared code books); fill those.
-        optimizer.init_state(optimizer.param_groups[index], parameter, index, position)
+        allocate(optimizer.param_groups[index], parameter, index, position)
     state = optimizer.state[parameter]
     for key, value in saved.items():
         if not isinstance(value, Tensor):
             state[key] = (
                 None if value is None else value if isinstance(value, bool) else stored_number(value, f"the state {key}")
             )
-        elif not own_layout and value.ndim and not _belongs(value, parameter):
+        elif allocate is None and value.ndim and not _belongs(value, parameter):
             raise ValueError(
                 f"the state {key} of a parameter of shape {tuple(parameter.shape)} is of {value.dtype} and shape "
                 f"{tuple(value.shape)}"
