@@ -25,11 +25,11 @@ from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens
 from llmrecipe.interop.plain_family import as_plain_family
 from llmrecipe.methods._engines.quantized import dequantize_model, quantized
-from llmrecipe.models import task_heads
+from llmrecipe.models import stored_heads, task_heads
 from llmrecipe.models.attention_calls import stock_backend
+from llmrecipe.models.heads.label_head import LabelHead
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import shared_modules
-from llmrecipe.models.label_head import LabelHead
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
@@ -213,8 +213,8 @@ def write_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     model.to(dtype)
     model.config.dtype = dtype
     # Scalar heads of roles are no part of the architecture: they are written next to it.
-    state, heads = task_heads.split(model.state_dict())
-    task_heads.write_heads(heads, folder)
+    state, heads = stored_heads.split(model.state_dict())
+    stored_heads.write_heads(heads, folder)
     with quiet():
         model.save_pretrained(folder, state_dict=state)
     loaded.tokenizer.save_pretrained(folder)

@@ -28,7 +28,7 @@ from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models import folder_pooling
 from llmrecipe.models.attention_calls import stock_backend
 from llmrecipe.models.checkpoint_path import run_folder
-from llmrecipe.models.label_head import LabelHead
+from llmrecipe.models.heads.label_head import LabelHead
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet

@@ -18,7 +18,7 @@ from llmrecipe.core.registry import options
 from llmrecipe.data.collate import Batch, FeatureVectors, Sequence
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
-from llmrecipe.models.feature_head import GEOMETRY, FeatureHead
+from llmrecipe.models.heads.feature_head import GEOMETRY, FeatureHead
 from llmrecipe.objectives.base import Measures
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.core.foreign import reading
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack, kind_name
-from llmrecipe.models import task_heads
+from llmrecipe.models import stored_heads, task_heads
 from llmrecipe.models.checkpoint_path import DELTA_FILE, STACK_FILE
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.hooks.shared_module import owner_of_name, shared_modules, shared_name
@@ -169,11 +169,11 @@ def _mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
         if (w := build_wrapper(name, mapping, layer.source)).stage in (Stage.INJECT, Stage.SELECT)
     ]
     renamed = [replace(w, name=names[w.name]) for w in wrappers]
-    task_heads.mount_heads(model, layer.tensors)
+    stored_heads.mount_heads(model, layer.tensors)
     stack = Stack(renamed)
     with within_file(model, layer.tensors):
         stack.attach(model, {names[n]: s for n, s in layer.structures.items() if n in names})
-    stack.restore(model, {rename_tensor(name, names): value for name, value in task_heads.split(layer.tensors)[0].items()})
+    stack.restore(model, {rename_tensor(name, names): value for name, value in stored_heads.split(layer.tensors)[0].items()})
     freeze(model, stack)
     return stack.wrappers
 

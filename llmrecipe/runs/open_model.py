@@ -15,7 +15,7 @@ from llmrecipe.methods._engines.biases import finalize_biases
 from llmrecipe.methods._engines.loftq_codes import finalize_codes
 from llmrecipe.methods._engines.quantized import dequantize_model
 from llmrecipe.methods.selective._engines.sparse_method import finalize_selections
-from llmrecipe.models import image_processor, new_token_rows, task_heads
+from llmrecipe.models import image_processor, new_token_rows, stored_heads
 from llmrecipe.models.checkpoint_path import STACK_FILE, adapter_base, find_base, is_adapter, run_folder
 from llmrecipe.models.hooks.hook import DELTA, all_hooks, hook_kind
 from llmrecipe.models.load import load_model, load_tokenizer
@@ -151,7 +151,7 @@ def open_saved(
         base_storage.convert(model, wanted)
     loaded = LoadedModel(model, text, base.model_copy(update={"adapters": {}}), base_fingerprint=delta.fingerprint(model))
     if folder is not None:
-        task_heads.read_heads(model, folder)
+        stored_heads.read_heads(model, folder)
         if (folder / image_processor.FILE).is_file():
             loaded.processor = image_processor.load_processor(base, ProcessorSection(path=str(folder)), model.config)
     loaded.head, loaded.labels = head if head == STATES else family_head(model.config, head), labels

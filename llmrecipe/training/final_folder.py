@@ -11,7 +11,7 @@ import torch
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.data.formats.sources import paths_of
-from llmrecipe.models import task_heads
+from llmrecipe.models import stored_heads
 from llmrecipe.models.attention_calls import stock_backend
 from llmrecipe.models.checkpoint_path import DELTA_FILE, describe_base
 from llmrecipe.recipe.rights import RIGHTS
@@ -82,8 +82,8 @@ def save_whole(run: RunState, folder: Path) -> None:
     """Write a Transformers folder in the dtype the recipe names (float32 master weights are cast once)."""
     dtype = run.recipe.model.dtype
     attention = run.model.config._attn_implementation
-    state, scalars = task_heads.split(run.model.state_dict())
-    task_heads.write_heads(scalars, folder.parent)
+    state, scalars = stored_heads.split(run.model.state_dict())
+    stored_heads.write_heads(scalars, folder.parent)
     if dtype in ("bfloat16", "float16"):
         state = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
         if bad := finite_check.nonfinite_names(state):

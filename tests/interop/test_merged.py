@@ -17,7 +17,7 @@ from llmrecipe.interop import merged, verify_logits
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
-from llmrecipe.models import task_heads
+from llmrecipe.models import stored_heads, task_heads
 from llmrecipe.models.weight_headers import DTYPES, headers
 from tests.contract import MIXTURES, OPTIONS
 from tests.interop.saved_runs import base_folder, hooks, saved_run
@@ -173,7 +173,7 @@ def test_scalar_heads_are_written_next_to_the_architecture(tmp_path: Path) -> No
     saved_run(tmp_path / "run", base, Lora(name="lora"), prepare=lambda model: task_heads.add_head(model, "reward"))
     folder = export_merged(tmp_path / "run").path
     assert headers(folder).keys() == headers(base).keys()
-    assert load_file(str(folder / task_heads.FILE))["task_head.reward.weight"].any()
+    assert load_file(str(folder / stored_heads.FILE))["task_head.reward.weight"].any()
     assert load_model(ModelSection(path=str(folder))).config.model_type == "llama"
 
 

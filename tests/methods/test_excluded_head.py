@@ -9,8 +9,8 @@ from transformers import BertConfig, BertForMaskedLM
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._engines.biases import every_bias
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
+from llmrecipe.models.excluded import without_language_head
 from llmrecipe.models.load import load_model
-from llmrecipe.models.task_heads import without_language_head
 from llmrecipe.recipe.schema import ModelSection
 from tests.tiny import tiny_masked_model
 

@@ -16,8 +16,8 @@ from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.pooling import Pool
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models import task_heads
-from llmrecipe.models.projection_head import ProjectionHead
+from llmrecipe.models import stored_heads
+from llmrecipe.models.heads.projection_head import ProjectionHead
 from llmrecipe.objectives.pretraining.clip import HEAD, Clip, same_rows
 from llmrecipe.recipe.schema import BatchSection
 from tests.objectives.harness import pictured
@@ -173,7 +173,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ModelError, match=r"have 7 numbers, and objective\.width is 8"):
         clip(width=8).prepare_model(model, 0)
     other = tiny_masked_model("bert")
-    task_heads.mount_heads(other, {k: v for k, v in model.state_dict().items() if k.startswith("task_head.")})
+    stored_heads.mount_heads(other, {k: v for k, v in model.state_dict().items() if k.startswith("task_head.")})
     assert torch.equal(other.task_head[HEAD].projection, model.task_head[HEAD].projection)  # type: ignore[union-attr, index]
 
 

@@ -23,7 +23,7 @@ from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.pooling import LAYERS, Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models import task_heads
+from llmrecipe.models import stored_heads
 from llmrecipe.objectives.correlations import rank_correlation
 from llmrecipe.objectives.pretraining._engines import contrast, embedding_metrics
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, Comparison, Vectors, compare
@@ -177,7 +177,7 @@ def test_the_layer_behind_cls_is_in_training_only() -> None:
     objective = Contrastive(mlp_only_train=False)
     torch.testing.assert_close(objective._embed(batch, roles), torch.tanh(bare @ head.weight.T + head.bias))
     other = tiny_masked_model("bert").double()
-    task_heads.mount_heads(other, {k: v for k, v in model.state_dict().items() if k.startswith("task_head.")})
+    stored_heads.mount_heads(other, {k: v for k, v in model.state_dict().items() if k.startswith("task_head.")})
     assert all(not p.requires_grad for p in other.task_head.parameters())  # type: ignore[union-attr]
     assert torch.equal(other.task_head["pool"].weight.double(), head.weight.float().double())  # type: ignore[union-attr, index]
 

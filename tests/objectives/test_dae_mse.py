@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.models import task_heads
+from llmrecipe.models import stored_heads, task_heads
 from llmrecipe.objectives.pretraining._engines import embedding_target
 from llmrecipe.objectives.pretraining.dae import HEAD, Dae
 from llmrecipe.training.dry_run import check
@@ -149,7 +149,7 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(form: str, tmp_path: Any) -> 
     words += ["objective.target=ema"] if form == "mse" else []
     resumes_to_the_bit(tmp_path, "dae", words, 2)
     runs = tmp_path / "whole", tmp_path / "parts"
-    whole, part = ({**learned(run), **load_file(run / "final" / task_heads.FILE)} for run in runs)
+    whole, part = ({**learned(run), **load_file(run / "final" / stored_heads.FILE)} for run in runs)
     kept = f"{embedding_target.HEAD}.table" if form == "mse" else f"{HEAD}.value.0.weight"
     assert f"{task_heads.ATTRIBUTE}.{kept}" in whole
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmrecipe.engine.masks import causal_mask
 from llmrecipe.engine.vector_decoder import OWNER
-from llmrecipe.models import task_heads
+from llmrecipe.models import stored_heads, task_heads
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.native import NativeConfig
 from llmrecipe.models.native.model import NativeStack
@@ -142,9 +142,9 @@ def test_the_finished_model_is_the_encoder_and_the_head_is_read_back() -> None:
     assert objective.documents(roles) == {
         task_heads.POOLING_FILE: {"pool": "cls", "mlp": False, "normalize": False, "max_length": 1024}
     }
-    own, heads = task_heads.split(model.state_dict())
+    own, heads = stored_heads.split(model.state_dict())
     again: Any = tiny_masked_model("bert").double()
     again.load_state_dict(own)
-    task_heads.mount_heads(again, heads)
+    stored_heads.mount_heads(again, heads)
     roles = roles_of(again)
     assert float(objective.loss(objective.collate(ROWS, roles), roles).total.detach()) == pytest.approx(loss, rel=1e-6)

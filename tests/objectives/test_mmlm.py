@@ -19,7 +19,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.evaluation.evaluate_model import evaluate_path
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import task_heads
-from llmrecipe.models.feature_head import FeatureHead
+from llmrecipe.models.heads.feature_head import FeatureHead
 from llmrecipe.models.sinusoids import sinusoids
 from llmrecipe.objectives.feature_inputs import vectors_of, views_of
 from llmrecipe.objectives.pretraining.mmlm import Mmlm

@@ -17,7 +17,7 @@ from llmrecipe.data import prepare
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models import task_heads
+from llmrecipe.models.heads.scalar_head import ScalarHead
 from llmrecipe.models.optimizations import speed_up
 from llmrecipe.objectives.alignment._engines.scoring import add_reward, score_sequences
 from llmrecipe.objectives.alignment.reward import Reward, calibration_error, normalisation, reward_loss
@@ -165,7 +165,7 @@ def test_head_is_float32_without_bias_and_the_language_head_does_not_train() -> 
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert "task_head.reward.weight" in trained and "lm_head.weight" not in trained
     assert "model.layers.0.self_attn.q_proj.weight" in trained
-    head = task_heads.ScalarHead(4000, 4001**-0.5, 1)
+    head = ScalarHead(4000, 4001**-0.5, 1)
     assert float(head.weight.std()) == pytest.approx(4001**-0.5, rel=0.05)
     assert head(torch.ones(2, 4000, dtype=torch.bfloat16)).dtype == torch.float32
 

@@ -202,7 +202,7 @@ def test_a_run_that_skipped_one_step_is_done(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 def test_a_weight_beyond_the_dtype_it_is_written_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        final_folder.task_heads, "split", lambda state: ({**state, "model.norm.weight": torch.full((3,), 1e6)}, {})
+        final_folder.stored_heads, "split", lambda state: ({**state, "model.norm.weight": torch.full((3,), 1e6)}, {})
     )
     with pytest.raises(RunError, match=r"model\.dtype: weights of model\.norm\.weight are beyond the range of float16"):
         train_recipe(tmp_path / "run", "sft", *ONE, "model.dtype=float16", "eval.load_best=false")

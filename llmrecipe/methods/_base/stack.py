@@ -17,6 +17,7 @@ from llmrecipe.core.errors import ModelError, RecipeError, UserError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
 from llmrecipe.models import task_heads
+from llmrecipe.models.excluded import excluded
 from llmrecipe.models.hooks.fp32_master import raise_to_master
 from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.hooks.shared_module import shared_modules
@@ -126,7 +127,7 @@ class Stack:
             trained |= set(own_tensors(model, wrapper.name)) - wrapper.frozen(model)
         found: set[str] = set()
         for name, parameter in model.named_parameters():
-            everything = not changes and not task_heads.excluded(parameter) and not task_heads.is_frozen(model, name)
+            everything = not changes and not excluded(parameter) and not task_heads.is_frozen(model, name)
             if _can_train(parameter) and (everything or name in trained or is_head(model, name)):
                 found.add(name)
         return found

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.models.excluded import excluded
 from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook, row_index
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
-from llmrecipe.models.task_heads import excluded, is_head
+from llmrecipe.models.task_heads import is_head
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site

@@ -16,6 +16,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
+from llmrecipe.models.excluded import without_language_head
 from llmrecipe.objectives.alignment._engines.pairs import collate_pairs, pair_count, split_pairs
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.correlations import correlation
@@ -93,7 +94,7 @@ class Reward(Objective):
     def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Add a reward head; the language-model head gets no gradient and is not trained."""
         task_heads.add_head(model, "reward", {"scaled": None, "small": 0.02, "zero": 0.0}[self.head_init], seed)
-        task_heads.without_language_head(model)
+        without_language_head(model)
 
     def unread(self) -> Sequence[str]:
         """Return the margin where the option leaves it out."""

@@ -12,6 +12,7 @@ from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.pooling import Pool
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
+from llmrecipe.models.excluded import without_language_head
 from llmrecipe.models.resolve_class import STATES, label_config
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.feature_inputs import OWN, VIEW, VIEWS, FeatureInputs, gains, measures_by_view
@@ -60,7 +61,7 @@ class Vqa(FeatureInputs, Objective):
         self.add_feature_head(model, seed)
         label_config(model.config, self.answers)
         task_heads.add_pooled_head(model, HEAD, len(self.answers), seed)
-        task_heads.without_language_head(model)
+        without_language_head(model)
 
     def measures(self) -> Measures:
         """Return the metrics of the answers, by view."""

@@ -16,7 +16,8 @@ from llmrecipe.data.prepare import Rows, SplitRows
 from llmrecipe.engine.pooling import Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
-from llmrecipe.models.projection_head import ProjectionHead
+from llmrecipe.models.excluded import without_language_head
+from llmrecipe.models.heads.projection_head import ProjectionHead
 from llmrecipe.models.resolve_class import language_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.feature_inputs import FeatureInputs
@@ -93,7 +94,7 @@ class Clip(FeatureInputs, Objective):
             )
         self.add_feature_head(model, seed)
         task_heads.add_projection_head(model, HEAD, self.width, 1.0 / self.temperature, seed)
-        task_heads.without_language_head(model)
+        without_language_head(model)
 
     def measures(self) -> Measures:
         """Return what is found among the rows of a split, in both directions, and the temperature."""

@@ -21,6 +21,7 @@ from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.pooling import Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
+from llmrecipe.models.excluded import without_language_head
 from llmrecipe.models.resolve_class import language_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.correlations import rank_correlation
@@ -161,7 +162,7 @@ class Contrastive(Objective):
             )
         if self._has_mlp(kind):
             task_heads.add_dense_head(model, HEAD, seed)
-        task_heads.without_language_head(model)
+        without_language_head(model)
 
     def pool_of(self, model: LanguageModel) -> str:
         """Return how states are pooled: as set, or by the kind of the model."""

@@ -20,6 +20,7 @@ from llmrecipe.engine.pooling import Pool
 from llmrecipe.engine.role_models import Roles, row_tokens
 from llmrecipe.engine.vector_decoder import decoder_sites, unmount_decoder
 from llmrecipe.models import positions, task_heads
+from llmrecipe.models.excluded import without_language_head
 from llmrecipe.models.load import load_config, skeleton
 from llmrecipe.models.masked_heads import check_masked_head
 from llmrecipe.models.resolve_class import LANGUAGE, family_head
@@ -139,7 +140,7 @@ class Dae(Denoising, Objective):
         """
         self.check_noise(family_head(model.config, LANGUAGE))
         if self.form == "mse":
-            task_heads.without_language_head(model)
+            without_language_head(model)
             if self.target != "layernorm":
                 embedding_target.store_targets(model)
         if self.form != "tsdae":

@@ -18,6 +18,7 @@ from llmrecipe.data.tokenize.word_rows import SPECIAL, pair_frame
 from llmrecipe.engine.logprob import upcast
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
+from llmrecipe.models.excluded import without_language_head
 from llmrecipe.models.masked_heads import check_masked_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.pretraining._engines.masked_tokens import MASKED_METRICS, MaskedTokens, masked_metrics
@@ -96,7 +97,7 @@ class Nsp(MaskedTokens, Objective):
         check_masked_head(model)
         task_heads.add_pooled_head(model, HEAD, 2, seed)
         if not self.with_mlm:
-            task_heads.without_language_head(model)
+            without_language_head(model)
 
     def measures(self) -> Measures:
         """Return the metrics of the pairs, and of the hidden tokens where there are any."""

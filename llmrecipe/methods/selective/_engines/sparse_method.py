@@ -23,13 +23,14 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
     is_conv1d,
 )
 from llmrecipe.methods.selective._engines.sparse_kernels import gather_selected
+from llmrecipe.models.excluded import excluded
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site_finder import widths
 from llmrecipe.models.stored_tensors import copy_saved
-from llmrecipe.models.task_heads import excluded, is_head
+from llmrecipe.models.task_heads import is_head
 
 
 def base_weights(model: nn.Module, scope: str = "all") -> dict[str, Weight]:

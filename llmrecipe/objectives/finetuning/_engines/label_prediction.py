@@ -17,7 +17,7 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.logprob import upcast
 from llmrecipe.engine.role_models import Roles
-from llmrecipe.models import task_heads
+from llmrecipe.models.excluded import freeze_below_head
 from llmrecipe.objectives.base import Loss, Measures
 from llmrecipe.recipe.stack_rules import Declared
 
@@ -212,7 +212,7 @@ class LabelPrediction:
     def prepare_model(self, model: LanguageModel, seed: int) -> None:
         """Keep all but the head as it is, where the head trains alone."""
         if self.head_only:
-            task_heads.freeze_below_head(model)
+            freeze_below_head(model)
 
     def measures(self) -> Measures:
         """Return the accuracy and the scores of the whole set."""

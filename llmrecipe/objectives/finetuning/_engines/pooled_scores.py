@@ -17,6 +17,7 @@ from llmrecipe.engine.pooling import Pool
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
 from llmrecipe.models.checkpoint_path import locate, run_folder
+from llmrecipe.models.excluded import without_language_head
 from llmrecipe.models.folder_pooling import folder_pooling
 from llmrecipe.models.resolve_class import STATES, language_head
 from llmrecipe.objectives.finetuning._engines.text_rows import text_batch
@@ -81,7 +82,7 @@ class PooledScores:
         if self.pooled == "cls" and language_head(model.config) == "causal":
             raise RecipeError("objective.pooling: cls: the first token of a decoder has seen no other; use last or mean")
         task_heads.add_label_head(model, HEAD, outputs, seed)
-        task_heads.without_language_head(model)
+        without_language_head(model)
 
     def documents(self, roles: Roles) -> dict[str, dict[str, Any]]:
         """Return how a text becomes a vector when the model is used."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmrecipe.engine.logprob import chunk_rows, upcast
 from llmrecipe.models import task_heads
+from llmrecipe.models.heads.table_head import TableHead
 
 if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
@@ -63,7 +64,7 @@ def follow_embeddings(model: LanguageModel) -> None:
 
 def _stored(model: LanguageModel) -> Tensor:
     head = model.get_submodule(f"{task_heads.ATTRIBUTE}.{HEAD}")
-    assert isinstance(head, task_heads.TableHead)
+    assert isinstance(head, TableHead)
     return head.table
 
 
