@@ -20,7 +20,8 @@ from transformers.modeling_layers import GenericForQuestionAnswering
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import activate, checkpoint_contexts, current
-from llmrecipe.data.collate import Batch, part_of_batch
+from llmrecipe.data.batch_parts import part_of_batch
+from llmrecipe.data.collate import Batch
 from llmrecipe.data.row_groups import by_groups
 from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate
-from llmrecipe.data.collate import Batch, Sequence, pad, row_key, sequences_in
+from llmrecipe.data.batch_parts import sequences_in
+from llmrecipe.data.collate import Batch, Sequence, pad, row_key
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.logprob import compared, upcast

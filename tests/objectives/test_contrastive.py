@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data import prepare
-from llmrecipe.data.collate import FeatureVectors, Sequence, pack, pad, part_of_batch
+from llmrecipe.data.batch_parts import part_of_batch
+from llmrecipe.data.collate import FeatureVectors, Sequence, pack, pad
 from llmrecipe.engine import forward
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.pooling import LAYERS, Pool, chunk_cuts

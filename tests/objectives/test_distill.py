@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmrecipe.core.errors import ModelError, RecipeError, RunError
-from llmrecipe.data.collate import Sequence, pack, pad, sequences_in
+from llmrecipe.data.batch_parts import sequences_in
+from llmrecipe.data.collate import Sequence, pack, pad
 from llmrecipe.engine import logprob
 from llmrecipe.engine.teacher import Teacher, TopCache, TopTokens, aligned, same_vocabulary
 from llmrecipe.engine.teacher_server import TeacherServer

@@ -13,7 +13,8 @@ from torch import Tensor
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import PositiveInt
 from llmrecipe.core.registry import register
-from llmrecipe.data.collate import Batch, Sequence, part_of_batch
+from llmrecipe.data.batch_parts import part_of_batch
+from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.logprob import upcast
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.pooling import Pool, chunk_cuts

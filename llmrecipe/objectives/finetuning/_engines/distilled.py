@@ -15,7 +15,8 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.http_client import check_address
 from llmrecipe.core.option_types import Annotated, Field, LossMaskName, NonNegativeFloat, PositiveFloat
 from llmrecipe.core.registry import options
-from llmrecipe.data.collate import Batch, sequences_in
+from llmrecipe.data.batch_parts import sequences_in
+from llmrecipe.data.collate import Batch
 from llmrecipe.data.collate import Sequence as Targets
 from llmrecipe.engine.logprob import NOTHING, Comparison
 from llmrecipe.engine.reference_cache import cache_file
