@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from llmrecipe.data.row_formats.squad import spans_of
-from llmrecipe.data.toy import generate, grammar, pictures, written_tasks
+from llmrecipe.data.toy import generate, grammar, pictures, questions, written_tasks
 
 
 def read(name: str, split: str) -> list[dict]:
@@ -108,7 +108,7 @@ def test_sums_are_right_in_the_set_and_noisy_in_the_corpus():
     rng = Random(0)
     wrong = 0
     for _ in range(2000):
-        question, text = generate.ask_sum(rng, noise=0.4)
+        question, text = questions.ask_sum(rng, noise=0.4)
         wrong += sum(int(word) for word in question.replace("?", "").replace(".", "").split() if word.isdigit()) != int(text)
     assert 0.35 < wrong / 2000 < 0.45
 
