@@ -12,6 +12,8 @@ from typing import Any
 from tests.faults import disk
 
 OUTPUT = "output.txt"
+CACHE = "cache"
+"""Folder of the caches in the working folder."""
 PRELOAD = "tests.faults.warm"
 
 
@@ -39,7 +41,7 @@ def _run(words: list[str], work: str, output: str, record: str | None, die_at: i
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 (the process's own)
     os.chdir(work)
-    os.environ["LLMRECIPE_CACHE"] = os.path.join(work, "cache")
+    os.environ["LLMRECIPE_CACHE"] = os.path.join(work, CACHE)
     if record is not None:
         disk.watch(disk.Recorder(Path(work), Path(record)).state)
     elif die_at is not None:

@@ -25,15 +25,22 @@ class Sweep:
         words: the command; it runs in an empty folder and writes its run to `run`.
         folder: for the working folder and the recorded states.
         files: path -> text of files that are there at the start.
+        cached: the caches are filled at the start, so that no state of filling them is among those of the command.
     """
 
     words: Sequence[str]
     folder: Path
     files: dict[str, str] = field(default_factory=dict)
+    cached: bool = False
 
     def __post_init__(self) -> None:
-        self.work, self.store = self.folder / "work", self.folder / "states"
+        self.work, self.store, self.caches = (self.folder / name for name in ("work", "states", "caches"))
         self._empty()
+        if self.cached:
+            code, output = server.command(self.words, self.work)
+            assert code == 0, output
+            (self.work / server.CACHE).rename(self.caches)
+            self._empty()
         start = disk.Recorder(self.work, self.store).read()
         code, output = server.command(self.words, self.work, record=self.store)
         assert code == 0, output
@@ -43,6 +50,8 @@ class Sweep:
     def _empty(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
+        if self.caches.exists():
+            shutil.copytree(self.caches, self.work / server.CACHE, symlinks=True)
         for name, text in self.files.items():
             (self.work / name).parent.mkdir(parents=True, exist_ok=True)
             (self.work / name).write_text(text, encoding="utf-8")

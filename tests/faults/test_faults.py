@@ -49,7 +49,8 @@ GROUPS = {
     "search": (["search", "recipe=tune", "run.dir=run", "log.live=off"], {"recipes/tune.yaml": SEARCH}),
 }
 COMMANDS = {**{name: (words, {}) for name, words in RUNS.items()}, **GROUPS}
-
+FILLING = ("sft_lora", "pipeline")
+"""Commands that fill their caches; the others find them filled, as these cover the states of filling."""
 
 PARTS = 2
 """Each sweep is this many tests, so that as many processes share it."""
@@ -67,7 +68,7 @@ def faults(sweep: Sweep, part: int = 0, parts: int = 1) -> list[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_at_any_call(name: str, part: int, tmp_path: Path) -> None:
     words, files = COMMANDS[name]
-    assert faults(Sweep(words, tmp_path, files), part, PARTS) == []
+    assert faults(Sweep(words, tmp_path, files, cached=name not in FILLING), part, PARTS) == []
 
 
 def test_a_run_killed_where_states_change_hands(tmp_path: Path) -> None:
