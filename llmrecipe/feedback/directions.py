@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
-from llmrecipe.core.lazy import is_installed
 from llmrecipe.feedback.metric import INVALID
 from llmrecipe.objectives.base import Objective
+from llmrecipe.objectives.text_metric import metric_class
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.schema import EvalSection
@@ -42,12 +42,7 @@ def measured(objective: Objective, metrics: Sequence[str] = ()) -> dict[str, Dir
             raise RecipeError(
                 f"eval.metrics: {name} scores generated answers, and rows of type {objective.rows} have no prompt to answer"
             )
-        metric = registry.load_class("metric", name, "eval.metrics")
-        if metric.library and not is_installed(metric.library):
-            raise RecipeError(
-                f"eval.metrics: {name} is computed by {metric.library}, which is not installed; "
-                "pip install 'llmrecipe[metrics]'"
-            )
+        metric = metric_class(name, "eval.metrics")
         found[name] = metric.direction
         if metric.wants:
             found[f"{name}/{INVALID}"] = "min"

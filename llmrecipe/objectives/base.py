@@ -81,6 +81,8 @@ class Objective:
     """Values of `runtime.shard` under which it has been shown to train what one process trains."""
     unsharded: ClassVar[str] = ""
     """Why it is refused under others, as the end of a message."""
+    whole_options: ClassVar[dict[str, dict[str, str]]] = {}
+    """Option -> value -> why it is refused where a process holds a part of each weight."""
 
     def loss_mask(self) -> str:
         """Return the name of the loss mask: which tokens of a row the data layer marks as trained."""
@@ -89,6 +91,10 @@ class Objective:
     def has_gradient(self) -> bool:
         """Return whether the loss has a gradient; without one it needs an update rule that does without (MeZO)."""
         return True
+
+    def generates(self) -> bool:
+        """Return whether a step generates answers, of lengths that nothing says beforehand."""
+        return self.samples
 
     def label_names(self) -> list[str] | None:
         """Return the names of the outputs of the head, in order; None where they are the labels of the training rows.

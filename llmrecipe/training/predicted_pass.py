@@ -118,6 +118,7 @@ def _refuse(recipe: Recipe, objective: Objective, stack: Stack, chosen: StackCho
     by_values = [w.name for w in stack if w.held_by_values]
     reasons = {
         "the policy writes the rows it is trained on": objective.samples,
+        "the model writes the answers that are scored": objective.generates() and not objective.samples,
         "rows of a stream have not been read": recipe.data.streaming,
         "what a compiled model keeps is its compiler's choice": recipe.model.compile,
         f"{', '.join(waiting)} will choose from data or weights": waiting and chosen is None,

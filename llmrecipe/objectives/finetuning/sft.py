@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.option_types import Literal, LossMaskName, NonNegativeFloat, OpenFraction
+from llmrecipe.core.option_types import Literal, LossMaskName, NonNegativeFloat, OpenFraction, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.embedding_noise import noise_draws, with_uniform_noise
+from llmrecipe.objectives.finetuning._engines.answer_metric import answer_loss, answered_rows, with_answers
+from llmrecipe.objectives.text_metric import TextMetric, metric_class
 from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, smoothed_loss, target_weights, token_loss
+from llmrecipe.objectives.unused_options import refuse_unused
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import SplitRows
@@ -32,6 +36,13 @@ class Sft(Objective):
     (1 - e) log p(y_t) + (e / V) sum_v log p(v) in the place of log p(y_t), V tokens in the vocabulary. Evaluations report the
     plain loss.
 
+    `loss_type: metric` has L = (1/R) sum over rows |best - m(answer, reference)| instead: `metric` m (exact_match, token_f1, a
+    text metric) of the greedy answer to a row's prompt against its completion, or to what precedes the last supervised turn of
+    a dialogue against that turn; best is the better bound of m, 1 for most. It has no gradient: it needs an update rule that
+    does without, such as `stack=[mezo]`, rows whose answers are partly right at the start, and batches large enough to tell
+    weights apart. Each value of L takes generating all answers of the step. Evaluations report the likelihood; `eval.metrics`
+    adds the metric.
+
     `neftune_alpha` (NEFTune) adds noise to the embeddings of training rows: U(-1, 1) alpha / sqrt(L D), L the tokens of the row
     and D the width; an encoder's rows have their own. It depends on seed, epoch and row alone. Evaluations, calibration and
     generation are without it. Departure: the reference code takes the padded length of the batch for L.
@@ -44,11 +55,20 @@ class Sft(Objective):
     head: ClassVar[str] = "causal"
     encoder_decoders: ClassVar[bool] = True
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
+    whole_options: ClassVar[dict[str, dict[str, str]]] = {
+        "loss_type": {
+            "metric": "each process writes answers of lengths of their own, while parameters are gathered by all at once"
+        }
+    }
 
     mask: LossMaskName = "assistant"
     """Which tokens are supervised; for prompt/completion rows `assistant` means the completion."""
-    loss_type: Literal["nll", "dft"] = "nll"
-    """Negative log-likelihood, or dynamic fine-tuning."""
+    loss_type: Literal["nll", "dft", "metric"] = "nll"
+    """Negative log-likelihood, dynamic fine-tuning, or a text metric of generated answers."""
+    metric: str = "exact_match"
+    """Text metric that `loss_type: metric` trains (`llmrecipe list metric`)."""
+    max_new_tokens: PositiveInt = 64
+    """Maximum number of tokens of an answer that is scored."""
     label_smoothing: OpenFraction = 0.0
     """Share of each target spread over the vocabulary."""
     neftune_alpha: NonNegativeFloat = 0.0
@@ -58,14 +78,36 @@ class Sft(Objective):
         """Train on what the option says."""
         return self.mask
 
+    def has_gradient(self) -> bool:
+        """Return whether likelihoods are trained."""
+        return self.loss_type != "metric"
+
+    def generates(self) -> bool:
+        """Return whether answers are scored."""
+        return self.loss_type == "metric"
+
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse to smooth a loss that is not the likelihood's.
+        """Refuse options that the kind of loss does not read, a metric that is not there, and rows without prompts for it.
 
         Raises:
-            RecipeError: naming both options.
+            RecipeError: naming the option.
         """
         if self.label_smoothing and self.loss_type != "nll":
             raise RecipeError(f"objective.label_smoothing: belongs to loss_type=nll; with {self.loss_type} leave it out")
+        likelihoods, answers = ("nll", "dft"), ("metric",)
+        refuse_unused(self, "loss_type", {"metric": answers, "max_new_tokens": answers, "neftune_alpha": likelihoods})
+        if self.loss_type != "metric":
+            return
+        if self.mask == "all":
+            raise RecipeError(
+                "objective.mask: all leaves no prompt to answer, which objective.loss_type=metric needs; use mask=assistant"
+            )
+        self.scorer  # noqa: B018 (a metric that is not there is refused here)
+
+    @functools.cached_property
+    def scorer(self) -> TextMetric:
+        """Hold the metric of the answers."""
+        return cast("TextMetric", metric_class(self.metric, "objective.metric")())
 
     def measures(self) -> Measures:
         """Return the metrics of the supervised tokens."""
@@ -77,9 +119,15 @@ class Sft(Objective):
         weights = target_weights(rows)
         if weights is not None:
             batch = batch.with_extra(weights=weights)
+        if self.loss_type == "metric":
+            return with_answers(batch, rows, roles)
         return batch.with_extra(noise_draws=noise_draws(rows)) if self.neftune_alpha else batch
 
     def weight(self, batch: Batch) -> float:
+        """Return the loss denominator: the sum of the weights of the supervised tokens, or the number of answers."""
+        return float(answered_rows(batch)) if self.loss_type == "metric" else self._token_weight(batch)
+
+    def _token_weight(self, batch: Batch) -> float:
         """Return the sum of the weights of the supervised tokens: their number where no row has weights."""
         here = batch.here.extra
         return math.fsum(here["weights"].tolist()) if "weights" in here else super().weight(batch)
@@ -91,7 +139,9 @@ class Sft(Objective):
         return super().training_loss(batch, roles)
 
     def loss(self, batch: Batch, roles: Roles) -> Loss:
-        """Return the summed loss of the supervised tokens."""
+        """Return the summed loss of the supervised tokens, or of the answers."""
+        if self.loss_type == "metric":
+            return answer_loss(batch, roles, self.scorer, self.metric, self.max_new_tokens)
         if self.label_smoothing:
             return smoothed_loss(batch, roles, self.label_smoothing)
         return token_loss(batch, roles, self.loss_type)
@@ -99,4 +149,4 @@ class Sft(Objective):
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
         """Return the plain negative log-likelihood whatever `loss_type` is, so that evaluations of different losses compare."""
         loss = token_loss(batch, roles)
-        return {"loss": (loss.total, self.weight(batch)), **loss.metrics}
+        return {"loss": (loss.total, self._token_weight(batch)), **loss.metrics}
