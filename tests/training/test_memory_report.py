@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -178,9 +179,18 @@ def test_a_run_holds_what_check_predicts(words: str, tmp_path: Path) -> None:
     assert all(event[f"{name}/predicted"] == measured[name] for name in PARTS[:3])
 
 
+PEAKS = [
+    *itertools.product(
+        ("sft", "sft_lora", "sft_lora model.dtype=bfloat16", "qlora", "dpo", "dpo_lora", "dpo_lora model.dtype=bfloat16"),
+        ("false", "true"),
+    ),
+    *((words, "false") for words in ("mezo", "mezo model.dtype=bfloat16", "mezo_lora")),
+]
+"""(recipe and words, whether activations are recomputed); MeZO keeps none to recompute."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("words", ["sft", "sft_lora", "sft_lora model.dtype=bfloat16", "qlora"])
+@pytest.mark.parametrize(("words", "checkpointing"), PEAKS)
 def test_the_peak_of_a_process_is_within_a_quarter(words: str, checkpointing: str, tmp_path: Path) -> None:
     """In an allocator that returns what is freed; that of the C library keeps some of it for itself."""
     recipe, *more = words.split()
