@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
@@ -24,8 +24,8 @@ class TextMetric(Protocol):
         """Score a prediction against its reference."""
 
 
-def metric_class(name: str, where: str) -> type:
-    """Return the class of a text metric.
+def metric_class(name: str, where: str) -> Any:  # noqa: ANN401 (a class of a package above this one)
+    """Return the class of a text metric, a `feedback.metric.Metric`.
 
     Args:
         where: key path of the name.

@@ -111,8 +111,9 @@ SAMPLED = ["objective.answers=2", "objective.max_new_tokens=6", "objective.epoch
 
 
 def sampled(name: str) -> list[str]:
-    """Those of them that an objective has."""
-    options = registry.spec("objective", name).options
+    """Those of them that an objective has whose policy writes the rows it is trained on."""
+    spec = registry.spec("objective", name)
+    options = spec.options if spec.facts.get("samples") else ()
     return [w for w in SAMPLED if w.partition("=")[0].partition(".")[2] in options]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import Literal, LossMaskName, NonNegativeFloat, OpenFraction, PositiveInt
@@ -107,7 +107,7 @@ class Sft(Objective):
     @functools.cached_property
     def scorer(self) -> TextMetric:
         """Hold the metric of the answers."""
-        return cast("TextMetric", metric_class(self.metric, "objective.metric")())
+        return metric_class(self.metric, "objective.metric")()  # type: ignore[no-any-return]
 
     def measures(self) -> Measures:
         """Return the metrics of the supervised tokens."""
