@@ -14,6 +14,7 @@ from torch import Tensor
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import stored_count, stored_number
 from llmrecipe.models.sharded import is_sharded, whole, write_whole
+from llmrecipe.training.state_layout import StateLayouts
 
 if TYPE_CHECKING:
     from llmrecipe.runtime.processes import Runtime
@@ -138,12 +139,18 @@ def restore_optimizer(
     names = {id(p): name for g in optimizer.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
     # Where each process steps some of the tensors, the one that steps its own has no others in its groups.
     stepping = getattr(optimizer, "optim", optimizer)
+    allocate: Any = getattr(stepping, "init_state", None)
+    layouts = StateLayouts(stepping)
     parts: dict[str, Tensor] = {}
     for index, group in enumerate(stepping.param_groups):
         for position, parameter in enumerate(group["params"]):
             name = names[id(parameter)]
             if name in by_name:
-                _restore_parameter(stepping, index, position, parameter, by_name[name])
+                if allocate is not None:
+                    # bitsandbytes allocates its own buffers (paged memory, shared code books); those are filled.
+                    allocate(group, parameter, index, position)
+                layouts.check(index, parameter, by_name[name], wanted.get(name, {}))
+                _restore_parameter(stepping, group, parameter, by_name[name])
             for key, dtype in wanted.get(name, {}).items():
                 part = torch.empty_like(parameter, dtype=getattr(torch, dtype), requires_grad=False)
                 stepping.state[parameter][key] = parts[f"{name}{SEPARATOR}{key}"] = part
@@ -157,22 +164,13 @@ def class_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _restore_parameter(
-    optimizer: torch.optim.Optimizer, index: int, position: int, parameter: Tensor, saved: dict[str, Any]
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, saved: Mapping[str, Any]
 ) -> None:
-    allocate: Any = getattr(optimizer, "init_state", None)
-    if allocate is not None:
-        # bitsandbytes allocates its own buffers (paged memory, shared code books); fill those.
-        allocate(optimizer.param_groups[index], parameter, index, position)
     state = optimizer.state[parameter]
     for key, value in saved.items():
         if not isinstance(value, Tensor):
             state[key] = (
                 None if value is None else value if isinstance(value, bool) else stored_number(value, f"the state {key}")
-            )
-        elif allocate is None and value.ndim and not _belongs(value, parameter):
-            raise ValueError(
-                f"the state {key} of a parameter of shape {tuple(parameter.shape)} is of {value.dtype} and shape "
-                f"{tuple(value.shape)}"
             )
         elif is_sharded(parameter) and value.shape == parameter.shape:
             state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
@@ -181,13 +179,8 @@ def _restore_parameter(
             state[key].copy_(value)
         else:
             # torch keeps its step counters on the CPU unless a fused kernel needs them on the parameter's device.
-            on_cpu = value.ndim == 0 and not optimizer.param_groups[index].get("fused")
+            on_cpu = value.ndim == 0 and not group.get("fused")
             state[key] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
-
-
-def _belongs(value: Tensor, parameter: Tensor) -> bool:
-    """Return whether a tensor can be part of a parameter's state: numbers for each entry, or for each row or column."""
-    return value.is_floating_point() and {*value.shape} <= {1, parameter.numel(), *parameter.shape}
 
 
 def random_state(generators: Mapping[str, torch.Generator | np.random.Generator] | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmrecipe.core import registry
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import reading
 from llmrecipe.training.optimizer_state import optimizer_state, random_state, restore_optimizer, restore_random_state
@@ -61,15 +62,87 @@ def step_of(**changes: object) -> dict[str, Any]:
     [
         ("exp_avg", torch.zeros(5), r"shape \(3, 4\) is of torch.float32 and shape \(5,\)"),
         ("exp_avg", torch.zeros(3, 4, dtype=torch.int64), "is of torch.int64"),
-        ("step", "two", "step is 'two', no finite number"),
-        ("step", [1], r"step is \[1\], no finite"),
-        ("step", float("nan"), "step is nan"),
+        ("step", "two", "step of .* is 'two', no tensor"),
+        ("step", torch.tensor(float("nan")), "step of .* is nan"),
     ],
 )
 def test_an_odd_state_of_an_optimizer_is_refused(name: str, value: object, said: str) -> None:
     assert step_of()["exp_avg"].shape == (3, 4)
     with pytest.raises(ValueError, match=said):
         step_of(**{name: value})
+
+
+def state_of(kind: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """A fresh optimizer and the state of one that made a step: a matrix with an 8-bit state where there is one, a vector."""
+    from llmrecipe.optim.optimizer import Group, build_optimizer
+
+    torch.manual_seed(0)
+    config = registry.load_class("optim", kind)(**options)
+
+    def made() -> Any:
+        shapes = {"w": (72, 64), "b": (6,)}
+        own = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+        groups = [Group(k, 0.1, 0.0, 1.0, (n,), (own[n],)) for k, n in (("matrix", "w"), ("vector", "b"))]
+        return build_optimizer(config, groups)
+
+    stepped = made()
+    for group in stepped.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    stepped.step()
+    tensors, facts = optimizer_state(stepped)
+    return made(), {name: value.clone() for name, value in tensors.items()}, facts
+
+
+EVERY = [("adafactor", {"beta1": 0.9}), ("sgd", {"momentum": 0.9}), ("rmsprop", {"momentum": 0.9}), *((k, {}) for k in registry.names("optim"))]
+
+
+@pytest.mark.parametrize(("kind", "options"), EVERY, ids=lambda value: value if isinstance(value, str) else str(len(value)))
+def test_a_state_is_of_the_shapes_that_its_optimizer_keeps(kind: str, options: dict[str, Any]) -> None:
+    """Kernels read behind a state that is too small; one for rows is none for entries, whichever dimensions it shares."""
+    fresh, tensors, facts = state_of(kind, **options)
+    restore_optimizer(fresh, tensors, facts)
+    again, _ = optimizer_state(fresh)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+    shapes = [(), (1,), (72,), (64,), (64, 72), (72 * 64,), (1, 64), (72, 64), (73, 64), (0,), (6, 1), (6,)]
+    for name, value in tensors.items():
+        for shape in shapes:
+            if shape != tuple(value.shape):
+                wrong = {**tensors, name: torch.zeros(shape, dtype=value.dtype)}
+                with pytest.raises(ValueError, match="the state "):
+                    restore_optimizer(state_of(kind, **options)[0], wrong, facts)
+        with pytest.raises(ValueError, match=rf"{name.partition('//')[2]} of a parameter .* is (missing|of torch.int16)"):
+            restore_optimizer(state_of(kind, **options)[0], {**tensors, name: value.to(torch.int16)}, facts)
+        others = [n for n in {**tensors, **facts["shared"]} if n != name and n.startswith(name[:3])]
+        if name not in facts["shared"].values() and others:
+            with pytest.raises(ValueError, match="is missing"):
+                restore_optimizer(state_of(kind, **options)[0], {n: v for n, v in tensors.items() if n != name}, facts)
+    if tensors:
+        with pytest.raises(ValueError, match="the state other of a parameter of shape .* is none of its"):
+            restore_optimizer(state_of(kind, **options)[0], {**tensors, "w//other": torch.zeros(72, 64)}, facts)
+
+
+@pytest.mark.parametrize("value", ["two", [1], float("nan")])
+def test_an_odd_number_of_an_optimizer_is_refused(value: object) -> None:
+    fresh, tensors, facts = state_of("adafactor")
+    facts["values"]["w"]["step"] = value
+    with pytest.raises(ValueError, match="the state step is .*no finite|step is nan"):
+        restore_optimizer(fresh, tensors, facts)
+
+
+def test_an_optimizer_of_somebody_else_restores_what_it_keeps() -> None:
+    """Of shapes that are its own affair: a projection to four rows."""
+
+    class Projected(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["low"] = torch.ones(4, parameter.shape[1])
+
+    made = [Projected([{"params": [torch.nn.Parameter(torch.zeros(9, 5))], "names": ["w"]}]) for _ in range(2)]
+    made[0].step()
+    restore_optimizer(made[1], *optimizer_state(made[0]))
+    assert torch.equal(made[1].state[made[1].param_groups[0]["params"][0]]["low"], torch.ones(4, 5))
 
 
 STATES: list[tuple[str, dict[str, Any]]] = [
