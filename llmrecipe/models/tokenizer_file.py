@@ -1,4 +1,6 @@
-"""Reading a tokenizer, with bounds on its `tokenizer.json` that are checked before its library reads it.
+"""Reading a tokenizer, with bounds on its files that are checked before its library reads them.
+
+Bounded are `tokenizer.json`, and the vocabularies that the library converts: Mistral's `tekken.json` and tiktoken's.
 
 What the library compiles, and how far it makes a text grow, is decided by a file that somebody else wrote, and nothing stops
 the library once it has begun: it holds the interpreter's lock while it loads a file and while it decodes.
@@ -7,6 +9,7 @@ the library once it has begun: it holds the interpreter's lock while it loads a 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,10 @@ from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+FILE, SETTINGS, TEKKEN = "tokenizer.json", "tokenizer_config.json", "tekken.json"
+TIKTOKEN = ("tiktoken.model", "tokenizer.model")
+"""Either may be a list of tokens and ranks; the second is more often a SentencePiece model."""
+RANKED = re.compile(rb"([A-Za-z0-9+/]+=*) +\d+\s*")
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 PATTERNS = 20_000
 """Characters of all regular expressions together, which compile in about a second; known tokenizers have hundreds."""
@@ -28,6 +34,8 @@ LONGEST = 64
 """Characters of an added token that a regular expression of the normalizer is run on while the file is loaded."""
 SPARE = 1_000_000
 """Ids that no token has: an embedding has a row for each."""
+SPLITS = 10**9
+"""Bytes that are copied while every token is cut in two at every place, which takes seconds; known vocabularies need 10^7."""
 REMEDY = "take another tokenizer.path"
 
 
@@ -62,7 +70,10 @@ def _cached(name: str, hub: Mapping[str, Any]) -> Path | None:
     from transformers.utils import cached_file
 
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = [cached_file(name, file, **hub, **quietly) for file in (SETTINGS, FILE)]
+    files = (SETTINGS, TEKKEN, FILE)
+    found = [cached_file(name, file, **hub, **quietly) for file in files]
+    if found[-1] is None:
+        found += [cached_file(name, file, **hub, **quietly) for file in TIKTOKEN]
     return next((Path(path).parent for path in found if path is not None), None)
 
 
@@ -77,6 +88,11 @@ def check_tokenizer_folder(folder: Path) -> None:
     versions = [folder / str(name) for name in _list(settings, "fast_tokenizer_files")]
     for path in dict.fromkeys([folder / FILE, *versions]):
         if fault := _fault(_read(path), settings):
+            raise ModelError(f"tokenizer.path: {path}: {fault}; {REMEDY}")
+    if fault := _tekken_fault(_read(folder / TEKKEN)):
+        raise ModelError(f"tokenizer.path: {folder / TEKKEN}: {fault}; {REMEDY}")
+    for path in (folder / name for name in TIKTOKEN):
+        if fault := _long_tokens(_ranked(path)):
             raise ModelError(f"tokenizer.path: {path}: {fault}; {REMEDY}")
     if fault := _wide_ids(_listed(settings)):
         raise ModelError(f"tokenizer.path: {folder / SETTINGS}: {fault}; {REMEDY}")
@@ -112,6 +128,41 @@ def _fault(content: Mapping[str, Any], settings: Mapping[str, Any]) -> str | Non
             f"the regular expressions of its normalizer run on an added token of {long:,} characters; at most {LONGEST} may be"
         )
     return _wide_ids(_ids(content))
+
+
+def _tekken_fault(content: Mapping[str, Any]) -> str | None:
+    """Return what is out of bounds in Mistral's vocabulary, or None."""
+    config = content.get("config")
+    config = config if isinstance(config, dict) else {}
+    pattern, special = config.get("pattern"), config.get("default_num_special_tokens")
+    if isinstance(pattern, str) and len(pattern) > PATTERNS:
+        return f"its regular expression has {len(pattern):,} characters; at most {PATTERNS:,} are compiled"
+    if isinstance(special, int | float) and special > SPARE:
+        return f"it keeps {special:,} ids for special tokens; at most {SPARE:,} ids may be free"
+    tokens = (token.get("token_bytes") for token in _list(content, "vocab") if isinstance(token, dict))
+    return _long_tokens(len(token) for token in tokens if isinstance(token, str))
+
+
+def _ranked(path: Path) -> list[int]:
+    """Return the characters of each token of tiktoken's vocabulary; nothing of another file."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    found = [RANKED.fullmatch(line) for line in lines if line]
+    return [len(match[1]) for match in found if match] if all(found) else []
+
+
+def _long_tokens(characters: Iterable[int]) -> str | None:
+    """Return what is wrong with tokens in base64 that take too long to be cut, or None.
+
+    Args:
+        characters: of each token; four stand for three bytes.
+    """
+    sizes = [number * 3 // 4 for number in characters]
+    if sum(size * size for size in sizes) > SPLITS:
+        return f"the longest of its {len(sizes):,} tokens has {max(sizes):,} bytes: merges cannot be formed of them in reasonable time"
+    return None
 
 
 def _added(content: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:

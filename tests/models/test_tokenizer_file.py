@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -111,6 +112,60 @@ def test_a_repeated_key_hides_nothing(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text('{"normalizer": ' + first + "," + text.lstrip()[1:], encoding="utf-8")
     with pytest.raises(ModelError, match=r"the key 'normalizer' is there 2 times"):
         load(folder)
+
+
+def tekken(**changes: Any) -> Content:
+    """A vocabulary in Mistral's format: every byte, one merge, and two special tokens with a spare one."""
+    words = [bytes([number]) for number in range(256)] + [b"ab"]
+    vocab = [{"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None} for rank, word in enumerate(words)]
+    config = {"pattern": r"\p{L}+|\s+|.", "default_vocab_size": 260, "default_num_special_tokens": 3, "version": "v3"}
+    special = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(("<unk>", "<s>"))]
+    content = {"config": config, "vocab": vocab, "special_tokens": special}
+    for place, value in changes.items():
+        (content if place in content else config)[place] = value
+    return content
+
+
+def tekken_folder(place: Path, content: Content) -> Path:
+    place.mkdir()
+    for name, value in (
+        ("tekken.json", content),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}),
+        ("config.json", {"model_type": "mistral"}),
+    ):
+        (place / name).write_text(json.dumps(value), encoding="utf-8")
+    return place
+
+
+def test_a_vocabulary_of_mistral_is_read(tmp_path: Path) -> None:
+    tokenizer: Any = load(tekken_folder(tmp_path / "folder", tekken()))
+    assert tokenizer("ab b", add_special_tokens=False)["input_ids"] == [259, 3 + ord(" "), 3 + ord("b")]
+
+
+ABOUT_MISTRAL: dict[str, tuple[Content, str]] = {
+    "a long pattern": ({"pattern": r"\p{L}" * (PATTERNS // 5 + 1)}, "its regular expression has 20,005 characters"),
+    "many special tokens": ({"default_num_special_tokens": 2_000_000_000}, "it keeps 2,000,000,000 ids for special tokens"),
+    "a long token": ({"vocab": [{"token_bytes": "YWFh" * 20_000}]}, "longest of its 1 tokens has 60,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("fault", ABOUT_MISTRAL)
+def test_a_vocabulary_of_mistral_is_bounded(fault: str, tmp_path: Path) -> None:
+    changes, said = ABOUT_MISTRAL[fault]
+    folder = tekken_folder(tmp_path / "folder", tekken(**changes))
+    with pytest.raises(ModelError) as found:
+        load(folder)
+    assert said in str(found.value) and f"tokenizer.path: {folder / 'tekken.json'}: " in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer.model"])
+def test_a_vocabulary_of_tiktoken_is_bounded(name: str, tmp_path: Path) -> None:
+    """A SentencePiece model, which may have the same name and is no list of lines, is left to its library."""
+    (tmp_path / name).write_bytes(b"YQ== 0\n" + b"YWFh" * 20_000 + b" 1\n")
+    with pytest.raises(ModelError, match=rf"{name}: the longest of its 2 tokens has 60,000 bytes"):
+        check_tokenizer_folder(tmp_path)
+    (tmp_path / name).write_bytes(b"\n\x0e\n\x05<unk>" + b"YWFh" * 20_000)
+    check_tokenizer_folder(tmp_path)
 
 
 @pytest.mark.parametrize("template", [5, {"a": 1}, [{"name": "default", "template": ["a"]}]])
