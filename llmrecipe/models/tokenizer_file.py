@@ -161,7 +161,7 @@ def _long_tokens(characters: Iterable[int]) -> str | None:
     """
     sizes = [number * 3 // 4 for number in characters]
     if sum(size * size for size in sizes) > SPLITS:
-        return f"the longest of its {len(sizes):,} tokens has {max(sizes):,} bytes: merges cannot be formed of them in reasonable time"
+        return f"the longest of its {len(sizes):,} tokens has {max(sizes):,} bytes; forming its merges would take minutes"
     return None
 
 

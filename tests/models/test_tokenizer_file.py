@@ -117,7 +117,9 @@ def test_a_repeated_key_hides_nothing(tmp_path: Path) -> None:
 def tekken(**changes: Any) -> Content:
     """A vocabulary in Mistral's format: every byte, one merge, and two special tokens with a spare one."""
     words = [bytes([number]) for number in range(256)] + [b"ab"]
-    vocab = [{"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None} for rank, word in enumerate(words)]
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None} for rank, word in enumerate(words)
+    ]
     config = {"pattern": r"\p{L}+|\s+|.", "default_vocab_size": 260, "default_num_special_tokens": 3, "version": "v3"}
     special = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(("<unk>", "<s>"))]
     content = {"config": config, "vocab": vocab, "special_tokens": special}

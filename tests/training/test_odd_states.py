@@ -94,7 +94,12 @@ def state_of(kind: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor], d
     return made(), {name: value.clone() for name, value in tensors.items()}, facts
 
 
-EVERY = [("adafactor", {"beta1": 0.9}), ("sgd", {"momentum": 0.9}), ("rmsprop", {"momentum": 0.9}), *((k, {}) for k in registry.names("optim"))]
+EVERY = [
+    ("adafactor", {"beta1": 0.9}),
+    ("sgd", {"momentum": 0.9}),
+    ("rmsprop", {"momentum": 0.9}),
+    *((k, {}) for k in registry.names("optim")),
+]
 
 
 @pytest.mark.parametrize(("kind", "options"), EVERY, ids=lambda value: value if isinstance(value, str) else str(len(value)))
@@ -118,7 +123,7 @@ def test_a_state_is_of_the_shapes_that_its_optimizer_keeps(kind: str, options: d
             with pytest.raises(ValueError, match="is missing"):
                 restore_optimizer(state_of(kind, **options)[0], {n: v for n, v in tensors.items() if n != name}, facts)
     if tensors:
-        with pytest.raises(ValueError, match="the state other of a parameter of shape .* is none of its"):
+        with pytest.raises(ValueError, match=r"the state other of a parameter of shape .* is none of its"):
             restore_optimizer(state_of(kind, **options)[0], {**tensors, "w//other": torch.zeros(72, 64)}, facts)
 
 
@@ -126,7 +131,7 @@ def test_a_state_is_of_the_shapes_that_its_optimizer_keeps(kind: str, options: d
 def test_an_odd_number_of_an_optimizer_is_refused(value: object) -> None:
     fresh, tensors, facts = state_of("adafactor")
     facts["values"]["w"]["step"] = value
-    with pytest.raises(ValueError, match="the state step is .*no finite|step is nan"):
+    with pytest.raises(ValueError, match=r"the state step is .*no finite|step is nan"):
         restore_optimizer(fresh, tensors, facts)
 
 

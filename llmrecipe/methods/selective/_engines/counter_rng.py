@@ -6,11 +6,15 @@ The same numbers on every process, for any chunking or sharding of a tensor, and
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
+ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
+"""Shifts and factors of the public-domain hash `lowbias32`."""
 
 
 def random_bits(address: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -38,14 +42,39 @@ def _words(address: str, first: int, count: int, device: torch.device | str) -> 
     """Return the bits as int32, whose products wrap: half the memory of int64, and processors multiply many at once."""
     words = hashlib.sha256(address.encode()).digest()
     low, high = int.from_bytes(words[:4], "little"), int.from_bytes(words[4:8], "little")
+    form = _host_part if torch.device(device).type == "cpu" else _device_part
     parts = []
     while count:
         # The upper half of a position is the same for 2^32 of them.
         size = min(count, (first | WORD) + 1 - first)
-        x = torch.arange(size, device=device, dtype=torch.int32).add_(_signed(first)).bitwise_xor_(_signed(low))
-        parts.append(_mix(_mix(x).add_(_signed(high + (first >> 32) * 0x9E3779B1))))
+        parts.append(form(first & WORD, size, low, high + (first >> 32) * 0x9E3779B1 & WORD, device))
         first, count = first + size, count - size
     return parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0, device=device, dtype=torch.int32)])
+
+
+def _host_part(first: int, size: int, low: int, high: int, device: torch.device | str) -> Tensor:
+    """Return the bits of some positions in NumPy's unsigned numbers, whose shifts need no masks."""
+    x = np.arange(first, first + size, dtype=np.uint32)
+    x ^= np.uint32(low)
+    _mix_unsigned(x)
+    x += np.uint32(high)
+    _mix_unsigned(x)
+    return torch.from_numpy(x.view(np.int32))
+
+
+def _mix_unsigned(x: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
+    shifted = np.empty_like(x)
+    for right, factor in ROUNDS:
+        np.right_shift(x, np.uint32(right), out=shifted)
+        x ^= shifted
+        if factor != 1:
+            x *= np.uint32(factor)
+
+
+def _device_part(first: int, size: int, low: int, high: int, device: torch.device | str) -> Tensor:
+    """Return the same bits, formed on a device."""
+    x = torch.arange(size, device=device, dtype=torch.int32).add_(_signed(first)).bitwise_xor_(_signed(low))
+    return _mix(_mix(x).add_(_signed(high)))
 
 
 def _signed(word: int) -> int:
@@ -54,9 +83,9 @@ def _signed(word: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Mix int32 in place, so that each bit depends on all (the constants of the public-domain hash `lowbias32`)."""
+    """Mix int32 in place, so that each bit depends on all."""
     shifted = torch.empty_like(x)
-    for right, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+    for right, factor in ROUNDS:
         # A shift of signed numbers brings copies of the first bit, which are masked away.
         torch.bitwise_right_shift(x, right, out=shifted).bitwise_and_(WORD >> right)
         x.bitwise_xor_(shifted)

@@ -6,13 +6,14 @@
     W'_i = W_i + z_j(i) w_i  with one gate for every group j of weights,  E ||delta||_0 = sum_j |j| P(z_j > 0)
 
 u is drawn by address (seed, step, tensor, position): the same in forward, recomputation and backward pass, on every process
-and for every micro-batch of a step, which share one W'. The gates of entries and their slopes are kept until its update.
+and for every micro-batch of a step, which share one W'. The s of entries are kept until its update.
 Without gradients z is the gate at u = 1/2.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,17 +29,31 @@ if TYPE_CHECKING:
     from llmrecipe.methods.selective._engines.weight_groups import GroupFamily, Member
 
 
-def chunk_size(device: torch.device) -> int:
-    """Return how many entries are worked on at once: on a CPU as many as stay in its cache."""
-    return 1 << 16 if device.type == "cpu" else 1 << 22
+def chunks(flat: Tensor) -> Iterator[slice]:
+    """Yield the entries that are worked on at once: on a CPU as many as stay in its cache."""
+    size = 1 << 16 if flat.device.type == "cpu" else 1 << 22
+    yield from (slice(first, first + size) for first in range(0, flat.numel(), size))
 
 
 def gate(alpha: Tensor, u: Tensor | None, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Return (z, dz / d alpha); u None is u = 1/2."""
     s = torch.sigmoid(alpha if u is None else alpha + torch.logit(u).to(alpha.dtype))
-    stretched = s * (high - low) + low
-    inside = (stretched > 0) & (stretched < 1)
-    return stretched.clamp(0, 1), torch.where(inside, (high - low) * s * (1 - s), torch.zeros_like(s))
+    return (s * (high - low) + low).clamp(0, 1), slopes(s.detach(), low, high)[1]
+
+
+def openings(s: Tensor, low: float, high: float) -> Tensor:
+    """Return z of s, without a graph and with few passes over memory."""
+    return s.mul(high - low).add_(low).clamp_(0, 1)
+
+
+def slopes(s: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Return (z, dz / d alpha) of s, likewise."""
+    wide = s.mul(high - low)
+    z = wide + low
+    slope = wide.mul_(1 - s)
+    # Zero where z is not strictly inside (0, 1).
+    torch.ops.aten.hardtanh_backward.grad_input(slope, z, 0.0, 1.0, grad_input=slope)
+    return z.clamp_(0, 1), slope
 
 
 class Gated(Hook):
@@ -80,8 +95,8 @@ class DiffGate(Gated):
         start = 0.0 if alpha is None else alpha
         self.alpha = None if alpha is None else nn.Parameter(torch.full_like(self.w, start))
         self.group = nn.Parameter(self.w.new_full((), start)) if grouped and alpha is not None else None
-        self.formed: tuple[Any, Tensor, Tensor] | None = None
-        """What the gates of the running step were formed of, and (entries,) each of z and dz / d alpha."""
+        self.formed: tuple[Any, Tensor] | None = None
+        """What the gates of the running step were formed of, and their s (entries,)."""
 
     def weight(self, value: Tensor) -> Tensor:
         """Return W + z w, summed in float32, of W's shape."""
@@ -92,20 +107,18 @@ class DiffGate(Gated):
         return uniform(f"{draw}:{self.source}", first, count, self.w.device)
 
     @torch.no_grad()
-    def entry_gates(self, draw: str) -> tuple[Tensor, Tensor]:
-        """Return (z, dz / d alpha), (entries,) each, for one draw of u; formed once for all micro-batches of a step."""
+    def entry_gates(self, draw: str) -> Tensor:
+        """Return s (entries,) for one draw of u; formed once for all micro-batches of a step."""
         assert self.alpha is not None, "without gates there is nothing to form"
         state = (draw, self.alpha.data_ptr(), self.alpha._version)
         if self.formed is None or self.formed[0] != state:
             flat = self.alpha.detach().reshape(-1)
-            z, slope = torch.empty_like(flat), torch.empty_like(flat)
-            size = chunk_size(flat.device)
-            for first in range(0, flat.numel(), size):
-                part = slice(first, first + size)
-                own = flat[part]
-                z[part], slope[part] = gate(own, self.uniforms(draw, first, own.numel()), self.low, self.high)
-            self.formed = (state, z, slope)
-        return self.formed[1:]
+            s = torch.empty_like(flat)
+            for part in chunks(flat):
+                noise = self.uniforms(draw, part.start, flat[part].numel()).logit_().to(flat.dtype)
+                torch.add(flat[part], noise, out=s[part]).sigmoid_()
+            self.formed = (state, s)
+        return self.formed[1]
 
     def forget(self) -> None:
         """Free the gates of the step."""
@@ -126,10 +139,9 @@ class DiffGate(Gated):
         if self.alpha is None:
             return found
         flat = self.alpha.detach().view(-1)
-        size = chunk_size(flat.device)
-        for first in range(0, flat.numel(), size):
-            part = flat[first : first + size]
-            found[first : first + size] *= gate(part, self.uniforms(draw, first, part.numel()), self.low, self.high)[0]
+        for part in chunks(flat):
+            u = self.uniforms(draw, part.start, flat[part].numel())
+            found[part] *= gate(flat[part], u, self.low, self.high)[0]
         return found * self.group_gate(draw)[0]
 
     def expected(self, product: bool) -> Tensor:
@@ -215,7 +227,7 @@ class _GatedContext(AutogradContext, Protocol):
 
 
 class _Gated(torch.autograd.Function):
-    """W + z w; z is formed again from its address in the backward pass."""
+    """W + z w; z is formed again from s, and s from its address where the step has not kept it, in the backward pass."""
 
     @staticmethod
     def forward(
@@ -233,14 +245,13 @@ class _Gated(torch.autograd.Function):
         shared = hook.group_gate(draw)[0]
         out = torch.empty_like(weight)
         target, base, flat = out.view(-1), weight.reshape(-1), w.reshape(-1)
-        size = chunk_size(flat.device)
-        for first in range(0, flat.numel(), size):
-            part = slice(first, first + size)
+        for part in chunks(flat):
             delta = flat[part]
             if alpha is not None:
-                delta = delta * _gates(hook, draw, alpha, part)[0]
-                delta = delta if group is None else delta.mul_(shared)
-            target[part] = (base[part].to(w.dtype) + delta).to(weight.dtype)
+                delta = openings(_drawn(hook, draw, alpha, part), hook.low, hook.high).mul_(delta)
+            if group is not None and not _known(shared, 1.0):
+                delta = delta.mul_(shared)
+            torch.add(base[part].to(w.dtype), delta, out=target[part])
         return out
 
     @staticmethod
@@ -254,27 +265,29 @@ class _Gated(torch.autograd.Function):
         shared, slope = hook.group_gate(ctx.draw)
         dw, da = torch.empty_like(w), torch.empty_like(alpha)
         of_group = torch.zeros((), dtype=torch.float64, device=w.device)
-        size = chunk_size(g.device)
-        for first in range(0, g.numel(), size):
-            part = slice(first, first + size)
-            chunk, value = g[part].to(w.dtype), w.view(-1)[part]
-            z, dz = _gates(hook, ctx.draw, alpha, part)
-            torch.mul(chunk, z, out=dw.view(-1)[part])
-            torch.mul(chunk * value, dz, out=da.view(-1)[part])
-            if group is not None:
-                of_group += (chunk * value * z).sum(dtype=torch.float64)
-                dw.view(-1)[part] *= shared
-                da.view(-1)[part] *= shared
+        for part in chunks(g):
+            chunk, own, other = g[part].to(w.dtype), dw.view(-1)[part], da.view(-1)[part]
+            z, dz = slopes(_drawn(hook, ctx.draw, alpha, part), hook.low, hook.high)
+            torch.mul(chunk, w.view(-1)[part], out=other)
+            if group is not None and not _known(slope, 0.0):
+                of_group += (other * z).sum(dtype=torch.float64)
+            other.mul_(dz)
+            torch.mul(chunk, z, out=own)
+            if group is not None and not _known(shared, 1.0):
+                own.mul_(shared)
+                other.mul_(shared)
         dg = None if group is None else (of_group * slope).to(group.dtype)
         return below, dw, da, dg, None, None
 
 
-def _gates(hook: DiffGate, draw: str | None, alpha: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Return (z, dz / d alpha) of some entries: those of the step, or at u = 1/2."""
-    if draw is None:
-        return gate(alpha.view(-1)[part], None, hook.low, hook.high)
-    z, slope = hook.entry_gates(draw)
-    return z[part], slope[part]
+def _known(value: Tensor, number: float) -> bool:
+    """Return whether one number on the CPU has this value; one on a device would have to be waited for."""
+    return value.device.type == "cpu" and float(value) == number
+
+
+def _drawn(hook: DiffGate, draw: str | None, alpha: Tensor, part: slice) -> Tensor:
+    """Return s of some entries: those of the step, or at u = 1/2."""
+    return torch.sigmoid(alpha.view(-1)[part]) if draw is None else hook.entry_gates(draw)[part]
 
 
 class _ExpectedContext(AutogradContext, Protocol):
@@ -288,10 +301,23 @@ class _Expected(torch.autograd.Function):
     def forward(ctx: _ExpectedContext, alpha: Tensor, shift: float) -> Tensor:
         ctx.save_for_backward(alpha)
         ctx.shift = shift
-        return torch.sigmoid(alpha - shift).sum(dtype=torch.float64).to(alpha.dtype)
+        flat = alpha.reshape(-1)
+        total = torch.zeros((), dtype=torch.float64, device=alpha.device)
+        for part in chunks(flat):
+            total += _probability(flat[part], shift).sum(dtype=torch.float64)
+        return total.to(alpha.dtype)
 
     @staticmethod
     def backward(ctx: _ExpectedContext, grad: Tensor) -> tuple[Any, ...]:
         (alpha,) = ctx.saved_tensors
-        p = torch.sigmoid(alpha - ctx.shift)
-        return grad * p * (1 - p), None
+        found = torch.empty_like(alpha)
+        flat, target = alpha.reshape(-1), found.view(-1)
+        for part in chunks(flat):
+            p = _probability(flat[part], ctx.shift)
+            torch.mul(p, grad, out=target[part]).mul_(p.neg_().add_(1))
+        return found, None
+
+
+def _probability(alpha: Tensor, shift: float) -> Tensor:
+    """Return P(z > 0)."""
+    return (alpha - shift).sigmoid_() if shift else torch.sigmoid(alpha)
