@@ -99,7 +99,7 @@ def uncached(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple
             read = request if pair else replace(request, ids=(*request.ids, *new))
             ids, own = open_prompts(model, job.tokenizer, [read], job.context)
             own = replace(own, prompt_lengths=torch.tensor([len(request.ids)], device=ids.device))
-            more = {"decoder_input_ids": torch.tensor([[_start(model), *new]], device=ids.device)} if pair else {}
+            more = {"decoder_input_ids": torch.tensor([[decoder_start(model), *new]], device=ids.device)} if pair else {}
             with activate(own):
                 logits = model(input_ids=ids, attention_mask=own.attention_mask, **more, **plain).logits
             new.append(int(job.picker.pick(logits[:, -1], [request.index], [len(new)])[0]))
@@ -198,7 +198,7 @@ class _GivenTokens:
         return torch.tensor(given, device=logits.device)
 
 
-def _start(model: LanguageModel) -> int:
+def decoder_start(model: LanguageModel) -> int:
     """Return the token that an encoder-decoder's answer starts with."""
     return int(getattr(model.config, "decoder_start_token_id", None) or 0)
 

@@ -1,7 +1,7 @@
 """Merged export: a plain Transformers folder with everything a run learned folded into its weights.
 
 The export is verified before the folder is in place: Transformers alone loads the folder, which must give the logits the run
-gave with its hooks, and its greedy answer to one prompt is stored next to the weights.
+gave with its hooks, and what it gives for one prompt is stored next to the weights (see `interop.golden`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.core.foreign import read_json
 from llmrecipe.engine.answer_ends import end_tokens
 from llmrecipe.interop import verify_logits
+from llmrecipe.interop.golden import golden_answer
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.peft import prompt_tokens
 from llmrecipe.interop.plain_family import as_plain_family
@@ -113,7 +114,7 @@ def export_merged(
             plain = family.from_pretrained(folder, dtype=wide)
         difference = verify_logits.compare_logits(wanted, verify_logits.logits_of(plain, ids, front), wide, bound, front)
         verify_logits.demand(difference, "the merged model", "dtype=float32 rounds less; --bound allows more.")
-        verify_logits.write_golden(folder, verify_logits.golden(plain, loaded.tokenizer, front))
+        golden_answer(plain, loaded.tokenizer, front).write(folder)
     return Exported(target, difference, notes)
 
 

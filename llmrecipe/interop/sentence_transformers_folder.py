@@ -22,6 +22,7 @@ from transformers import AutoModel
 from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.core.foreign import read_json
 from llmrecipe.interop import verify_logits
+from llmrecipe.interop.golden import golden_vector
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, fold_mounted, kept_dtype, reason, target_folder, widen, writing
 from llmrecipe.methods._engines.quantized import quantized
@@ -43,6 +44,8 @@ MODES = {"cls": folder_pooling.MODES["cls"], "avg": folder_pooling.MODES["mean"]
 """Pooling -> its switch in `1_Pooling/config.json`."""
 HEAD = "pool"
 """Role of the head behind the pooled states of `contrastive`; another role is named with the pooling."""
+DENSE = "2_Dense"
+"""Folder of the layer behind the pooled states."""
 TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
 
 
@@ -92,11 +95,11 @@ def export_sentence_transformers(
         _write_pipeline(folder, pooling, int(model.config.get_text_config().hidden_size), dense)
         with quiet():
             plain = AutoModel.from_pretrained(folder, dtype=wide)
-        if dense is not None:
-            saved = load_file(folder / "2_Dense" / "model.safetensors")
-            dense = DenseStep(saved["linear.weight"], saved["linear.bias"], dense.activation)
+        dense = _read_dense(folder)
         difference = verify_logits.compare_logits(wanted, _vectors(plain, ids, pooling, dense), wide, bound)
         verify_logits.demand(difference, "the exported encoder", "dtype=float32 rounds less; --bound allows more.")
+        prompt = verify_logits.golden_ids(loaded.tokenizer, chat=False)
+        golden_vector(_vectors(plain, torch.tensor([prompt]), pooling, dense)[0], prompt, wide).write(folder)
     return Exported(target, difference, notes)
 
 
@@ -146,6 +149,32 @@ def _vectors(backbone: LanguageModel, ids: Tensor, pooling: Mapping[str, Any], d
         z = F.linear(z, dense.weight.float(), dense.bias.float())
         z = torch.tanh(z) if dense.activation == TANH else z
     return F.normalize(z, dim=-1) if pooling["normalize"] else z
+
+
+def vector_of(folder: Path, ids: list[int], dtype: torch.dtype) -> Tensor:
+    """Return the vector (D,) that an exported folder gives for the token ids of a text.
+
+    Raises:
+        ModelError: the folder names no pooling that is written here.
+    """
+    with quiet():
+        backbone = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    switch = folder_pooling.MODES.get(folder_pooling.folder_pooling(folder) or "")
+    pool = next((name for name, own in MODES.items() if own == switch), None)
+    if pool is None:
+        raise ModelError(f"{folder}: its pooling is none of {', '.join(MODES)}")
+    kinds = [str(step["type"]).rpartition(".")[2] for step in read_json(folder / folder_pooling.MODULES_FILE, kind=list)]
+    pooling = {"pool": pool, "normalize": "Normalize" in kinds}
+    return _vectors(backbone, torch.tensor([ids]), pooling, _read_dense(folder))[0]
+
+
+def _read_dense(folder: Path) -> DenseStep | None:
+    """Return the layer behind the pooled states that a folder has; None where it has none."""
+    place = folder / DENSE
+    if not place.is_dir():
+        return None
+    saved = load_file(place / "model.safetensors")
+    return DenseStep(saved["linear.weight"], saved["linear.bias"], read_json(place / "config.json")["activation_function"])
 
 
 def _write_backbone(model: LanguageModel, folder: Path, dtype: torch.dtype) -> None:

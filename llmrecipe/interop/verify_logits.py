@@ -1,22 +1,20 @@
-"""Verification of an export before it is reported: equal logits, and a golden answer that the folder alone reproduces."""
+"""Verification of an export before it is reported: the written folder, loaded again, gives the logits of the run."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import read_json
+from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
 from llmrecipe.engine.forward import token_logits
-from llmrecipe.engine.generation import generate
-from llmrecipe.engine.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,11 +22,11 @@ if TYPE_CHECKING:
     from llmrecipe.models.pretrained import LanguageModel
 
 
-GOLDEN_FILE = "golden.json"
 GOLDEN_PROMPT = "What is the capital of France?"
 BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest logit difference that passes, as a share of the largest logit, by the dtype of the exported weights."""
 ROWS, TOKENS = 3, 24
+SEED = 20
 PIXELS = 64
 """Side of a probe's pictures for models that read any size."""
 
@@ -63,12 +61,9 @@ def probe_inputs(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> Te
     The golden prompt is at the start of the first row of tokens.
     """
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", None) or PIXELS
-        high, wide = size if isinstance(size, list | tuple) else (size, size)
-        shape = (ROWS, int(model.config.num_channels), int(high), int(wide))
-        return torch.randn(shape, generator=torch.Generator().manual_seed(20))
+        return probe_pictures(model, ROWS)
     size = int(model.get_input_embeddings().num_embeddings)
-    ids = torch.randint(0, size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(20))
+    ids = torch.randint(0, size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED))
     prompt = torch.tensor(golden_ids(tokenizer)[:TOKENS])
     ids[0, : len(prompt)] = prompt
     # Families that pool at the last real token look for padding: a probe has none.
@@ -76,6 +71,14 @@ def probe_inputs(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> Te
     if pad is not None:
         ids[ids == pad] = (pad + 1) % size
     return ids
+
+
+def probe_pictures(model: LanguageModel, count: int) -> Tensor:
+    """Return seeded pictures (count, C, S, S) of the size that a model reads."""
+    size = getattr(model.config, "image_size", None) or PIXELS
+    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    shape = (count, int(model.config.num_channels), int(high), int(wide))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
 
 
 @torch.no_grad()
@@ -138,34 +141,15 @@ def demand(difference: Difference, what: str, advice: str) -> None:
         )
 
 
-def golden_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return token ids of the golden prompt, under the chat template where there is one."""
-    return prompt_ids(tokenizer, [{"role": "user", "content": GOLDEN_PROMPT}])
-
-
-def golden(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, front: Sequence[int] = ()) -> dict[str, Any] | None:
-    """Return the golden prompt with its greedy answer; None for a model that does not generate.
+def golden_ids(tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> list[int]:
+    """Return token ids of the golden prompt.
 
     Args:
-        front: tokens that the prompt begins with, where the chat template does not write them.
+        chat: as the user's turn under the chat template, where there is one; else as a plain text.
     """
-    if not hasattr(model, "generate") or not model.can_generate():
-        return None
-    prompt = golden_ids(tokenizer)
-    prompt = prompt if prompt[: len(front)] == list(front) else [*front, *prompt]
-    answer = generate(model, tokenizer, [prompt], Sampling(max_new_tokens=24))[0]
-    return {
-        "prompt": GOLDEN_PROMPT,
-        "prompt_ids": prompt,
-        "answer_ids": answer,
-        "answer": tokenizer.decode(answer, skip_special_tokens=True),
-    }
-
-
-def write_golden(folder: Path, found: dict[str, Any] | None) -> None:
-    """Write the golden answer next to the weights."""
-    if found is not None:
-        (folder / GOLDEN_FILE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not chat:
+        return list(call_tokenizer(tokenizer, GOLDEN_PROMPT)["input_ids"])
+    return prompt_ids(tokenizer, [{"role": "user", "content": GOLDEN_PROMPT}])
 
 
 def adapter_head(folder: Path) -> str:

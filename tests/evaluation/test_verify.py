@@ -277,7 +277,7 @@ def test_an_exported_encoder_and_its_pooling(tmp_path: Path) -> None:
     train_recipe(tmp_path / "run", "contrastive", *words)
     folder = tmp_path / "run" / "sentence_transformers"
     assert command(["export", str(tmp_path / "run"), "--to", "sentence_transformers"]) == 0
-    assert [one.result for one in verify_subject(str(folder), [])] == ["ok", "ok", "ok"]
+    assert [one.result for one in verify_subject(str(folder), [])] == ["ok", "ok", "ok", "ok"]
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(pooling.read_text().replace("true", "TRUE").replace("false", "true").replace("TRUE", "false"))
     assert "1_Pooling/config.json" in failed(verify_subject(str(folder), [])).reason
@@ -285,6 +285,11 @@ def test_an_exported_encoder_and_its_pooling(tmp_path: Path) -> None:
 
 def test_an_export_whose_run_is_unknown_asks_for_it(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export_merged(str(bench.run.dir.path), tmp_path / "merged")
+    assert command(["verify", str(tmp_path / "merged")]) == 0
+    assert "--run RUN" in capsys.readouterr().out
+    assert command(["verify", str(tmp_path / "merged"), "--run", str(tmp_path)]) == 2
+    (tmp_path / "merged" / "golden.json").rename(tmp_path / "golden.json")
+    (tmp_path / "merged" / "export.json").write_text("{}")
     assert command(["verify", str(tmp_path / "merged")]) == 2
     assert "--run RUN" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, RunError
 from llmrecipe.interop import merged, verify_logits
+from llmrecipe.interop.golden import GOLDEN_FILE
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
@@ -62,7 +63,7 @@ def test_the_golden_answer_is_reproduced_from_the_folder_alone(tmp_path: Path) -
 
     saved_run(tmp_path / "run", "tiny", Lora(name="lora"))
     folder = export_merged(tmp_path / "run", tmp_path / "out").path
-    golden = json.loads((folder / verify_logits.GOLDEN_FILE).read_text())
+    golden = json.loads((folder / GOLDEN_FILE).read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     turns = [{"role": "user", "content": golden["prompt"]}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]

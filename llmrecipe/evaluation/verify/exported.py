@@ -15,10 +15,11 @@ from torch import Tensor
 from llmrecipe.core.errors import ProofError, RunError
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.core.lazy import is_installed, load_module
-from llmrecipe.evaluation.verify.verification import Measured
+from llmrecipe.evaluation.verify.golden_prompt import compare_golden
+from llmrecipe.evaluation.verify.verification import Measured, NotApplicable
 from llmrecipe.interop.export_options import GGUF_FILE, OPTIONS_FILE, ExportOptions
 from llmrecipe.interop.export_run import export_run
-from llmrecipe.interop.verify_logits import GOLDEN_FILE
+from llmrecipe.interop.golden import GOLDEN_FILE, Golden
 from llmrecipe.models.checkpoint_path import is_adapter, run_folder
 
 ROUNDING = {"F64": 1e-6, "F32": 1e-6, "BF16": 2.0**-7, "F16": 2.0**-9}
@@ -40,14 +41,34 @@ def is_export(subject: str) -> bool:
 
 
 def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[Callable[[], Measured]]:
-    """Yield the comparisons of an exported folder with a new export of its run.
+    """Yield the comparisons of an exported folder: with a new export of its run, and with its own golden prompt.
+
+    A folder that keeps its golden prompt needs no run.
 
     Raises:
-        RunError: no run is given, and the folder is in none; or words were given, which an export has none of.
+        RunError: there is neither a run nor a golden prompt; or words were given, for which an export has no place.
     """
     if words:
         raise RunError(f"'{words[0]}': an exported folder is compared as it is; no overrides count here")
-    source = run or str(folder.resolve().parent)
+    source, keeps = run or str(folder.resolve().parent), (folder / GOLDEN_FILE).is_file()
+    if run is not None or run_folder(source) is not None or not keeps:
+        yield from compare_with_run(folder, source)
+    else:
+        yield lambda: _without_run(folder)
+    if keeps:
+        yield lambda: compare_golden(folder)
+
+
+def _without_run(folder: Path) -> Measured:
+    raise NotApplicable(f"{folder.resolve().parent} is not the run it was made from; name it to compare the tensors: --run RUN")
+
+
+def compare_with_run(folder: Path, source: str) -> Iterator[Callable[[], Measured]]:
+    """Yield the comparisons of an exported folder with a new export of its run.
+
+    Raises:
+        RunError: what is given is no run.
+    """
     if run_folder(source) is None:
         raise RunError(f"{folder} is an exported folder, and {source} is not the run it was made from; name it: --run RUN")
     aside = Path(tempfile.mkdtemp(prefix="llmrecipe-verify-"))
@@ -149,12 +170,10 @@ def compare_template(wanted: Path, found: Path) -> Measured:
     Raises:
         ProofError: they differ.
     """
-    text = "golden prompt and answer of the folder = those of its run"
-    golden = [read_json(f / GOLDEN_FILE) for f in (wanted, found) if (f / GOLDEN_FILE).is_file()]
-    golden_facts: list[Any] = [{k: v for k, v in one.items() if k != "prompt"} for one in golden]
-    if len(golden_facts) == 2 and golden_facts[0] != golden_facts[1]:
-        key = next(k for k in golden_facts[0] if golden_facts[0][k] != golden_facts[1].get(k))
-        raise ProofError(f"{text}: {key} is {golden_facts[1].get(key)} in the folder and {golden_facts[0][key]} in its run")
+    text = "prompt and chat template of the folder = those of its run"
+    ours, theirs = (Golden.read(f).prompt_ids if (f / GOLDEN_FILE).is_file() else None for f in (wanted, found))
+    if None not in (ours, theirs) and ours != theirs:
+        raise ProofError(f"{text}: prompt_ids is {theirs} in the folder and {ours} in its run")
     templates = [t.read_text(encoding="utf-8") if (t := f / "chat_template.jinja").is_file() else "" for f in (wanted, found)]
     if templates[0] != templates[1]:
         raise ProofError(f"{text}: the folder's chat template is not the one of its run")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from llmrecipe.interop.gguf.converter import find_converter, run_converter
 from llmrecipe.interop.gguf.ollama import CONVERSATIONS, MODELFILE, modelfile
 from llmrecipe.interop.gguf.token_tables import token_tables_of
 from llmrecipe.interop.gguf.writer import STORED, write_gguf
+from llmrecipe.interop.golden import Golden, golden_answer
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, export_merged, kept_dtype, target_folder, writing
 from llmrecipe.interop.plain_family import plain_family
@@ -38,7 +39,7 @@ from llmrecipe.models.resolve_class import first_line, quiet
 from llmrecipe.runs.open_model import LoadedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MERGED = "merged"
 Q8_0_BOUND = 5e-2
@@ -88,11 +89,10 @@ def export_gguf(
             f"merged: {merged.difference}",
             *_write(script, folder, config, tokenizer, kind, Path(run).name),
         ]
-        difference, more = _proof(folder, tokenizer, wide, kind, bound)
+        difference, golden, more = _proof(folder, tokenizer, wide, kind, bound)
+        golden.write(folder)
         text, other = modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings, added_tokens(tokenizer)[0])
         (folder / MODELFILE).write_text(text, encoding="utf-8")
-        golden = merged.path / verify_logits.GOLDEN_FILE
-        os.replace(golden, folder / golden.name)
         shutil.rmtree(merged.path)
     return Exported(target, difference, [*notes, *more, *other, f"Ollama: ollama create NAME -f {target / MODELFILE}"])
 
@@ -140,8 +140,11 @@ def _write(
 
 def _proof(
     folder: Path, tokenizer: PreTrainedTokenizerBase, wide: torch.dtype, kind: str, bound: float | None
-) -> tuple[verify_logits.Difference, list[str]]:
-    """Compare a file with the merged folder next to it: logits and tokens; return what differs and notes.
+) -> tuple[verify_logits.Difference, Golden, list[str]]:
+    """Compare a file with the merged folder next to it: logits and tokens.
+
+    Returns:
+        What differs, the golden prompt of the file, and notes.
 
     Raises:
         ModelError: Transformers cannot read the file, or it is another model.
@@ -152,11 +155,8 @@ def _proof(
         wanted, config = verify_logits.logits_of(model, ids), model.config
         del model
         try:
-            read, notes = _read_config(folder, config)
-            again = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-            # Its progress bar has no switch.
-            with contextlib.redirect_stderr(io.StringIO()):
-                plain = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, config=read, dtype=wide)
+            beyond = _beyond_reader(folder, config)
+            plain, again = read_gguf(folder, wide, beyond)
         except (ValueError, NotImplementedError, KeyError, ImportError) as error:
             raise ModelError(
                 f"export --to gguf: Transformers cannot read the file back ({first_line(error)}), so nothing proves it; "
@@ -172,20 +172,36 @@ def _proof(
                 f"export --to gguf: the tokenizer of the file cuts {text!r} into {theirs}, and that of the run into {ours}. "
                 "Nothing was written."
             )
-    return difference, notes
+    ours, theirs = verify_logits.golden_ids(tokenizer), verify_logits.golden_ids(again)
+    front = ours[: len(ours) - len(theirs)] if ours[-len(theirs) :] == theirs else []
+    golden = replace(golden_answer(plain, again, front), config=beyond)
+    if not beyond:
+        return difference, golden, []
+    note = f"Transformers takes no {', '.join(beyond)} from a GGUF file: give it the config of the base; llama.cpp has it"
+    return difference, golden, [note]
 
 
-def _read_config(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:
-    """Return the settings that Transformers reads from a file, with those it does not look for; and a note on these."""
+def read_gguf(folder: Path, dtype: torch.dtype, settings: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model and the tokenizer that Transformers reads from the file of a folder.
+
+    Args:
+        settings: values of the config that the file holds and Transformers does not look for.
+    """
+    config = AutoConfig.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
+    # Its progress bar has no switch.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, config=config, dtype=dtype)
+    return model.eval(), tokenizer
+
+
+def _beyond_reader(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the settings of a model that its file holds and Transformers does not look for."""
     read = AutoConfig.from_pretrained(folder, gguf_file=GGUF_FILE)
-    other = [key for key in BEYOND_READER if hasattr(config, key) and getattr(read, key, None) != getattr(config, key)]
-    for key in other:
-        setattr(read, key, getattr(config, key))
-    if not other:
-        return read, []
-    return read, [
-        f"Transformers takes no {', '.join(other)} from a GGUF file: give it the config of the base; llama.cpp has it"
-    ]
+    known = {key: getattr(config, key) for key in BEYOND_READER if hasattr(config, key)}
+    return {key: value for key, value in known.items() if getattr(read, key, None) != value}
 
 
 def probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:

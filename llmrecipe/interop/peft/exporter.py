@@ -7,8 +7,9 @@ the logits of the run. What PEFT cannot express is refused, with the reason, bef
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.interop import verify_logits
 from llmrecipe.interop.adapter_hub import hub_adapters
+from llmrecipe.interop.golden import dtype_name, golden_answer
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, dtype_of, refuse_label_head, target_folder, writing
 from llmrecipe.interop.peft import bias_adapters, layout
@@ -35,6 +37,9 @@ from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.recipe.schema import TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel, open_saved
+
+if TYPE_CHECKING:
+    from llmrecipe.models.pretrained import LanguageModel
 
 TASKS = {
     "classification": "SEQ_CLS",
@@ -97,17 +102,18 @@ def verified(target: Path, loaded: LoadedModel, write: Callable[[Path], None], b
     saved = saved_from(loaded)
     ids = verify_logits.probe_inputs(loaded.model, loaded.tokenizer)
     wanted = verify_logits.logits_of(loaded.model, ids)
-    answer = verify_logits.golden(loaded.model, loaded.tokenizer)
     wide = dtype_of(loaded.model)
     with writing(target) as aside:
         write(aside)
         loaded.tokenizer.save_pretrained(aside)
-        verify_logits.write_golden(aside, answer)
         loaded.model = pretrained(nn.Identity())  # one model in memory at a time
-        difference = verify_logits.compare_logits(
-            wanted, verify_logits.logits_of(reread(aside, loaded, saved), ids), wide, bound
-        )
+        again = reread(aside, loaded, saved)
+        difference = verify_logits.compare_logits(wanted, verify_logits.logits_of(again, ids), wide, bound)
         verify_logits.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
+        base = {key: value for key, value in saved.base["section"].items() if key != "dtype"}
+        golden = golden_answer(again, loaded.tokenizer)
+        how = {"head": loaded.head, "labels": loaded.labels or [], "model": base, "quantized": loaded.quantized}
+        replace(golden, dtype=dtype_name(wide), **how).write(aside)
     return difference
 
 
@@ -149,7 +155,7 @@ def saved_from(loaded: LoadedModel) -> delta.SavedStack:
     return delta.SavedStack(base, loaded.layers, loaded.head, loaded.labels)
 
 
-def reread(folder: Path, loaded: LoadedModel, saved: delta.SavedStack) -> nn.Module:
+def reread(folder: Path, loaded: LoadedModel, saved: delta.SavedStack) -> LanguageModel:
     """Load a fresh base, stored as in training, with the written adapter on top."""
     section = loaded.section.model_copy(update={"adapters": {str(folder): 1.0}})
     return open_saved(section, delta.without_injected(saved), folder, TokenizerSection(), head=saved.head).model
