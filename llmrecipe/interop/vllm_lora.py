@@ -7,6 +7,7 @@ vLLM reads one rank and one alpha for all modules, and refuses what it cannot ad
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, target_folder
 from llmrecipe.interop.peft.exporter import branches_of, export_peft
 from llmrecipe.interop.peft.layout import CONFIG_FILE, Adapter
+from llmrecipe.models.checkpoint_path import TINY, adapter_base
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.runs.open_model import LoadedModel
 
@@ -27,6 +29,8 @@ DEFAULT_RANK = 16
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 """Ends of the names of tensors that it reads."""
 TEMPLATE_FILE = "chat_template.jinja"
+BASE_FOLDER = "base"
+"""Folder of the copied base in an adapter folder."""
 
 
 def export_vllm_lora(
@@ -42,7 +46,8 @@ def export_vllm_lora(
     """Write a run's low-rank changes as a LoRA folder for vLLM, and say how it is served; arguments as in `export_peft`.
 
     Args:
-        base: hub id of the base that the command names; default: the base as the run knows it.
+        base: hub id of the base that the command names; default: the base as the run knows it, of which the model inside this
+            package is copied.
 
     Raises:
         ModelError: vLLM has no place for the run, naming the rule (said before anything is written), or the logits moved.
@@ -60,7 +65,21 @@ def export_vllm_lora(
         except ModelError as error:
             raise _refusal(f"it adds low-rank changes of weights alone ({str(error).partition(': ')[2]})") from error
     done = export_peft(run, target, bound=bound, uniform=True, as_lora=True, loaded=loaded, rights=rights, check=check_rules)
-    return Exported(done.path, done.difference, [*done.notes, f"vLLM: {serve_command(done.path, Path(run).name, base)}"])
+    notes = list(done.notes)
+    if base is None and embedded(done.path):
+        base = str(copy_base(done.path))
+        notes.append(f"its base is the model inside this package, which was copied to {base}")
+    return Exported(done.path, done.difference, [*notes, f"vLLM: {serve_command(done.path, Path(run).name, base)}"])
+
+
+def embedded(folder: Path) -> bool:
+    """Return whether the base that an adapter folder names is the model inside this package."""
+    return Path(adapter_base(str(folder))) == TINY
+
+
+def copy_base(folder: Path) -> Path:
+    """Copy the model inside this package into an adapter folder, where a server can be pointed at it."""
+    return Path(shutil.copytree(TINY, folder / BASE_FOLDER, ignore=shutil.ignore_patterns("*.md")))
 
 
 def check_rules(adapter: Adapter) -> None:

@@ -17,6 +17,7 @@ from llmrecipe.interop.vllm_lora import check_rules, export_vllm_lora
 from llmrecipe.methods.additive.ia3 import Ia3
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.models.checkpoint_path import TINY
 from tests.interop.saved_runs import base_folder, saved_run
 
 
@@ -33,6 +34,17 @@ def test_one_rank_for_all_modules_and_the_command_that_serves_it(tmp_path: Path,
         "vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"run={folder}",
         "--chat-template", str(folder / "chat_template.jinja"),
     ]  # fmt: skip
+
+
+def test_the_base_inside_this_package_is_copied_to_where_a_server_finds_it(tmp_path: Path) -> None:
+    saved_run(tmp_path / "run", "tiny", Lora(name="lora"))
+    done = export_vllm_lora(tmp_path / "run", tmp_path / "out")
+    words = shlex.split(next(n for n in done.notes if n.startswith("vLLM: ")))
+    assert words[3] == str(tmp_path / "out" / "base")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (Path(words[3]) / name).read_bytes() == (TINY / name).read_bytes()
+    done = export_vllm_lora(tmp_path / "run", tmp_path / "named", base="acme/tiny")
+    assert "vllm serve acme/tiny" in done.notes[-1] and not (tmp_path / "named" / "base").exists()
 
 
 @pytest.mark.parametrize(
