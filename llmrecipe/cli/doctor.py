@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 from llmrecipe.cli.arguments import Json
 from llmrecipe.core.console import print_json
+from llmrecipe.core.paths import ASSETS
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from packaging.requirements import Requirement
 
 PANEL = "Tools"
 ORDER = 2
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "hydra-core",
-    "pydantic",
-)
-EXTRAS = {
-    "deepspeed": ("deepspeed",),
-    "search": ("optuna", "botorch"),
-    "track": ("tensorboard", "trackio", "wandb", "mlflow"),
-    "plots": ("matplotlib",),
-    "kernels": ("liger-kernel",),
-    "eval": ("lm-eval",),
-    "metrics": ("sacrebleu",),
-    "gguf": ("gguf",),
-    "serve": ("starlette", "uvicorn"),
-}
+TESTED = ASSETS / "tested_versions.txt"
+"""The newest versions that the test suite has passed with, `NAME==VERSION` per line."""
+MISSING = "missing"
+UNKNOWN = "unknown: llmrecipe runs from a folder and is not installed"
+EXTRA = re.compile(r"extra == [\"']([\w.-]+)[\"']")
+DEV = "dev"
+"""The extra for work on llmrecipe itself."""
 
 
 def verb(as_json: Json = False) -> None:
     """Say what this machine can run: packages, devices, memory, precision, quantization, extras."""
-    facts = {"packages": packages(), "extras": extras(), **machine(), **torch_facts(), "quantization": quantization()}
+    facts = {
+        "packages": packages() or UNKNOWN,
+        "extras": extras() or UNKNOWN,
+        **machine(),
+        **torch_facts(),
+        "quantization": quantization(),
+    }
     if as_json:
         print_json(facts)
         return
@@ -53,26 +50,67 @@ def verb(as_json: Json = False) -> None:
     console().print(table)
 
 
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
+def requirements() -> list[Requirement]:
+    """Return what the installed package requires, its extras included; nothing where it runs from a folder of sources."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
 
     try:
-        return version(package)
+        return [Requirement(line) for line in requires("llmrecipe") or []]
     except PackageNotFoundError:
-        return None
+        return []
 
 
 def packages() -> dict[str, str]:
-    """Return package -> version, or `missing`."""
-    return {package: _version(package) or "missing" for package in PACKAGES}
+    """Return each required package with its version, and what is wrong with that: missing, too old, newer than was tested."""
+    needed = [one for one in requirements() if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return {one.name: _state(one) for one in needed}
 
 
 def extras() -> dict[str, str]:
-    """Return optional extra -> `ready`, or what to install."""
-    missing = {extra: [p for p in names if _version(p) is None] for extra, names in EXTRAS.items()}
-    return {
-        extra: "ready" if not gone else f"not installed (pip install 'llmrecipe[{extra}]')" for extra, gone in missing.items()
-    }
+    """Return each optional extra with the versions of its packages, or what to install."""
+    from packaging.markers import default_environment
+
+    here = default_environment()
+    found: dict[str, list[Requirement]] = {}
+    for one in requirements():
+        for extra in EXTRA.findall(str(one.marker or "")):
+            if extra != DEV and one.marker is not None and one.marker.evaluate({**here, "extra": extra}):
+                found.setdefault(extra, []).append(one)
+    return {extra: _extra_state(extra, needed) for extra, needed in sorted(found.items())}
+
+
+def _extra_state(extra: str, needed: list[Requirement]) -> str:
+    states = {one.name: _state(one) for one in needed}
+    if gone := [name for name, state in states.items() if state.startswith(MISSING)]:
+        lacks = "not installed" if len(gone) == len(states) else f"without {' and '.join(gone)}"
+        return f"{lacks} (pip install 'llmrecipe[{extra}]')"
+    return "ready: " + ", ".join(f"{name} {state}" for name, state in states.items())
+
+
+def _state(needed: Requirement) -> str:
+    """Return the version of a package, with what is wrong with it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.version import Version
+
+    try:
+        found = version(needed.name)
+    except PackageNotFoundError:
+        return MISSING
+    if not needed.specifier.contains(found, prereleases=True):
+        return f"{found} (too old: needs {needed.specifier})"
+    newest = tested_versions().get(needed.name.lower())
+    if newest is not None and Version(found).release > Version(newest).release:
+        return f"{found} (untested: newer than {newest})"
+    return found
+
+
+def tested_versions() -> dict[str, str]:
+    """Return package -> the newest version that the test suite has passed with."""
+    lines = TESTED.read_text(encoding="utf-8").split()
+    return {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines)}
 
 
 def machine() -> dict[str, Any]:

@@ -72,6 +72,10 @@ def numbers_of(event: dict[str, Any]) -> dict[str, float]:
     }
 
 
+OWN_EXTRA = ("wandb", "mlflow")
+"""Trackers whose library is large, and an extra of its own; the others are `track` together."""
+
+
 def check_trackers(names: Iterable[str]) -> None:
     """Refuse trackers that are not installed, before anything is trained.
 
@@ -82,7 +86,8 @@ def check_trackers(names: Iterable[str]) -> None:
     for name in names:
         library = str(registry.spec("tracker", name, "log.trackers").facts["library"])
         if not is_installed(library):
-            raise RunError(f"log.trackers: {name} is not installed; pip install 'llmrecipe[track]', or pip install {library}")
+            extra = name if name in OWN_EXTRA else "track"
+            raise RunError(f"log.trackers: {name} is not installed ({library}): pip install 'llmrecipe[{extra}]'")
 
 
 def open_trackers(names: Iterable[str], folder: Path, config: dict[str, Any]) -> list[OpenTracker]:

@@ -237,7 +237,7 @@ def test_trackers_get_numbers_of_steps_and_evaluations(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_absent_or_misspelt_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker, "is_installed", lambda name: False)
-    with pytest.raises(RunError, match=r"wandb is not installed; pip install 'llmrecipe\[track\]'"):
+    with pytest.raises(RunError, match=r"wandb is not installed \(wandb\): pip install 'llmrecipe\[wandb\]'"):
         Events(tmp_path, live="off", trackers=["wandb"])
     with pytest.raises(RecipeError, match="did you mean 'mlflow'"):
         tracker.check_trackers(["mlfow"])

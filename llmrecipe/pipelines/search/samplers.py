@@ -26,7 +26,7 @@ def new_study(section: SearchSection, mode: str) -> optuna.Study:
     try:
         import optuna
     except ImportError as error:
-        raise RunError("search needs Optuna: install llmrecipe[search]") from error
+        raise RunError("search needs Optuna: pip install 'llmrecipe[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
         "off": optuna.pruners.NopPruner,
