@@ -1,28 +1,33 @@
 """One writer at a time: a lock file that the operating system releases when its process ends, however it ends.
 
-Some network file systems have no such locks. There the number of the process in the file decides: one that is alive on this
-machine holds the lock.
+Some network file systems have no such locks, and not every system has Unix's. There the number of the process in the file
+decides: one that is alive on this machine holds the lock.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import reading
+from llmrecipe.core.lazy import is_installed, load_module
 
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 """Error numbers of a lock that another process holds."""
 UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
 """Error numbers of a file system without locks."""
 PROCESS = re.compile(r"process (\d+) ")
+
+UNIX, WINDOWS = "fcntl", "msvcrt"
+"""Modules of the two systems that have locks."""
+LOCKED_BYTE = 1 << 30
+"""Where Windows locks a byte: behind the text, which stays readable."""
 
 logger = logging.getLogger("llmrecipe")
 
@@ -69,7 +74,7 @@ def is_held(path: Path) -> bool:
 def _held(handle: TextIO, exclusive: bool) -> bool:
     """Try to lock an open file; return whether another process holds it."""
     try:
-        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        _lock(handle, exclusive)
     except OSError as error:
         if error.errno in TAKEN:
             return True
@@ -78,6 +83,24 @@ def _held(handle: TextIO, exclusive: bool) -> bool:
         logger.info("%s: this file system has no locks (%s)", handle.name, error.strerror)
         return _written_by_a_living_process(handle)
     return False
+
+
+def _lock(handle: TextIO, exclusive: bool) -> None:
+    """Lock an open file by what the system has.
+
+    Raises:
+        OSError: another process holds the lock, or there are no locks.
+    """
+    system: Any
+    if is_installed(UNIX):
+        system = load_module(UNIX)
+        system.flock(handle, (system.LOCK_EX if exclusive else system.LOCK_SH) | system.LOCK_NB)
+    elif is_installed(WINDOWS):
+        system = load_module(WINDOWS)
+        handle.seek(LOCKED_BYTE)
+        system.locking(handle.fileno(), system.LK_NBLCK, 1)
+    else:
+        raise OSError(errno.ENOSYS, "this system has no file locks")
 
 
 def _written_by_a_living_process(handle: TextIO) -> bool:

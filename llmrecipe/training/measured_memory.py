@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import resource
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.core.lazy import is_installed, load_module
 from llmrecipe.methods._engines.quantized import bits_of, quantized
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.training.kept_tensors import KeptTensors
@@ -78,18 +80,22 @@ class MemoryMeter:
             self.floor = 0
             return
         self.before = _peak()
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # the last: Windows opens no library without a name
             # What an earlier training in this process has freed would else count as held.
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            self.floor = pages * resource.getpagesize() - held_weights(model)
+            self.floor = pages * os.sysconf("SC_PAGE_SIZE") - held_weights(model)
 
 
 def _peak() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if not is_installed("resource"):
+        held = psutil.Process().memory_info()
+        return int(getattr(held, "peak_wset", held.rss))
+    system: Any = load_module("resource")
+    return int(system.getrusage(system.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
