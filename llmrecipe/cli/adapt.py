@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json, Words
+from llmrecipe.cli.arguments import Json, Quiet, Verbose, Words
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import console, number, print_json, say
 
 PANEL = "Use"
@@ -14,8 +15,15 @@ ORDER = 5
 
 
 def verb(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run with stack=[hypertuning].", show_default=False)],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", autocompletion=complete_run, help="A finished run with stack=[hypertuning].", show_default=False
+        ),
+    ],
     words: Words = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Turn a few examples of a new task into an adapter, without training (data.path=FILE); the result is an ordinary run."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import typer
 
+from llmrecipe.cli.completion import answering_bash
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, UserError
 from llmrecipe.core.foreign import as_user_error
 from llmrecipe.core.lazy import load_module
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0 done, 2 the user's input, 1 our bug, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     open_streams()
-    code = run_command(arguments)
+    with answering_bash():
+        code = run_command(arguments)
     refused = let_go(sys.stdout)
     if refused is not None and refused.errno != errno.EPIPE and not _works(arguments):
         code = code or _unwritten(refused)

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llmrecipe.cli.completion import complete_override
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.printable import message_text
-
-
-def complete_word(incomplete: str) -> list[str]:
-    """Return the completions of a word: recipe names after `recipe=`, choices after a group, key paths otherwise."""
-    from llmrecipe.core import registry
-    from llmrecipe.recipe.compose import section_defaults
-    from llmrecipe.recipe.recipe_paths import GROUPS, all_recipes, presets
-
-    key, equals, _ = incomplete.partition("=")
-    if key == "recipe":
-        return [f"recipe={name}" for name in all_recipes() if f"recipe={name}".startswith(incomplete)]
-    if equals and key in GROUPS:
-        names = sorted({*presets(key), *registry.names(key)})
-        return [f"{key}={name}" for name in names if f"{key}={name}".startswith(incomplete)]
-    paths = ["recipe=", "resume=", *(f"{group}=" for group in GROUPS)]
-    for section, value in section_defaults().items():
-        paths += [f"{section}.{name}=" for name in value] if isinstance(value, dict) and value else [f"{section}="]
-    return [path for path in dict.fromkeys(paths) if path.startswith(incomplete)]
-
+from llmrecipe.core.verbosity import JSON, QUIET, VERBOSE, is_quiet
 
 Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[recipe=NAME] [key=value ...]",
         help="recipe=NAME or recipe=FILE, and overrides such as optim.lr=1e-4 stack=\\[nf4,lora] ~stack.lora",
-        autocompletion=complete_word,
+        autocompletion=complete_override,
         show_default=False,
     ),
 ]
@@ -83,7 +66,61 @@ ConfigDir = Annotated[
     ),
 ]
 """Acts as soon as it is read, so no verb has to look at it."""
-Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+
+
+def _set_variable(name: str) -> Callable[[typer.Context, bool], bool]:
+    """Return the callback of a flag that sets an environment variable for this command and the processes it starts."""
+
+    def set_it(context: typer.Context, given: bool) -> bool:
+        if not given:
+            return False
+        if name in (QUIET, VERBOSE) and (QUIET if name == VERBOSE else VERBOSE) in os.environ:
+            raise RecipeError("--quiet and --verbose: one leaves out what the other adds; give one of them")
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        context.call_on_close(lambda: os.environ.pop(name, None) if before is None else None)
+        return True
+
+    return set_it
+
+
+def _show_log(context: typer.Context, given: bool) -> bool:
+    """Show the log on stderr, for `--verbose`."""
+    if _set_variable(VERBOSE)(context, given):
+        import logging
+
+        logger, handler = logging.getLogger("llmrecipe"), logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("log: %(message)s"))
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+
+        def restore() -> None:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+        context.call_on_close(restore)
+    return given
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print facts as JSON; progress goes to stderr.", callback=_set_variable(JSON))
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        is_eager=True,
+        callback=_set_variable(QUIET),
+        help="Results, warnings and errors; no progress, no notes.",
+    ),
+]
+"""Acts as soon as it is read, so no verb has to look at it."""
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", is_eager=True, callback=_show_log, help="Every step, every metric and the log.")
+]
+"""Acts as soon as it is read, so no verb has to look at it."""
 
 
 AUTO = "auto"
@@ -156,6 +193,6 @@ def need_recipe(request: VerbWords, verb: str) -> str:
 
 
 def tell(notes: Iterable[str]) -> None:
-    """Print notes on how the input was read, on stderr so that they never mix with output."""
-    for note in notes:
+    """Print notes on how the input was read, on stderr so that they never mix with output; none under `--quiet`."""
+    for note in () if is_quiet() else notes:
         print(message_text(f"note: {note}"), file=sys.stderr)

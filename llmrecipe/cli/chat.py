@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import console, print_json, say
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.printable import message_text, printable
@@ -23,6 +24,7 @@ def verb(
         str,
         typer.Argument(
             metavar="RUN_OR_MODEL",
+            autocompletion=complete_run,
             help="A run directory, a model folder, a hub name or `tiny`; several runs of one base can be switched between.",
         ),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from llmrecipe.cli.arguments import ConfigDir, Json, Words, need_recipe, sort_words, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, Quiet, Verbose, Words, need_recipe, sort_words, tell
 from llmrecipe.cli.findings import show_findings
 from llmrecipe.core.console import print_json
 
@@ -12,7 +12,9 @@ PANEL = "Train"
 ORDER = 2
 
 
-def verb(words: Words = None, config_dir: ConfigDir = None, as_json: Json = False) -> None:
+def verb(
+    words: Words = None, config_dir: ConfigDir = None, quiet: Quiet = False, verbose: Verbose = False, as_json: Json = False
+) -> None:
     """Validate a recipe and build it without weights: stack order, trained tensors, memory, data."""
     request = sort_words(words)
     recipe = need_recipe(request, "check")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, Quiet, Verbose
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import print_json, say
 
 if TYPE_CHECKING:
@@ -18,12 +19,16 @@ ORDER = 30
 
 
 def verb(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", autocompletion=complete_run, help="Run directories.", show_default=False)
+    ],
     metric: Annotated[
         list[str] | None, typer.Option("--metric", "-m", help="Curves to show; default: loss, eval/loss.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the curves into this file (.png, .svg, .pdf).")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write one self-contained HTML page.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Compare runs: what differs in their recipes, where they ended, how their curves went."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import ConfigDir, Json, Words, need_recipe, sort_words, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, Quiet, Verbose, Words, need_recipe, sort_words, tell
 from llmrecipe.core.console import print_json
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.printable import printable
@@ -30,6 +30,8 @@ def verb(
     split: Annotated[str, typer.Option("--split", help="train or validation; the test split stays sealed.")] = "train",
     each: Annotated[bool, typer.Option("--tokens", help="Separate tokens with a bar.")] = False,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Show rows as the model sees them: trained and masked tokens, template, truncation and end tokens."""

@@ -48,7 +48,7 @@ def resumed(run: str) -> tuple[str, str]:
     Raises:
         RunError: the folder is not a run directory.
     """
-    from llmrecipe.core.console import say
+    from llmrecipe.core.console import say_progress
     from llmrecipe.runs.run_dir import RunDir, started_in
 
     path = RunDir.open(run, write=False).path
@@ -57,7 +57,7 @@ def resumed(run: str) -> tuple[str, str]:
         return str(path / "recipe.yaml"), run
     path = path.absolute()
     os.chdir(place)
-    say(f"continuing in {place}, where the run was started")
+    say_progress(f"continuing in {place}, where the run was started")
     return str(path / "recipe.yaml"), str(path)
 
 
@@ -68,7 +68,7 @@ def begun(composition: Composition) -> str:
         RecipeError: the recipe has no `run.dir`.
         RunError: the state of the run cannot be read, or it is done under another recipe.
     """
-    from llmrecipe.core.console import say
+    from llmrecipe.core.console import say_progress
     from llmrecipe.runs.run_dir import RunDir, has_begun
 
     place = composition.recipe.run.dir
@@ -84,7 +84,7 @@ def begun(composition: Composition) -> str:
     from llmrecipe.training.resume_rules import allowed_changes
 
     allowed_changes(directory, composition)
-    say(f"{path} is finished: it ended at step {state.get('step', 0)}; resume={path} steps=MORE continues it")
+    say_progress(f"{path} is finished: it ended at step {state.get('step', 0)}; resume={path} steps=MORE continues it")
     return "done"
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
+from llmrecipe.cli.arguments import Json, Quiet, Verbose, Words, runs_and_overrides
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import console, print_json
 
 PANEL = "Use"
@@ -21,6 +22,7 @@ def verb(
         str,
         typer.Argument(
             metavar="RUN_OR_MODEL",
+            autocompletion=complete_run,
             help="A run directory, a folder of runs, a model folder, a hub name or `tiny`; several runs are compared.",
         ),
     ],
@@ -49,6 +51,8 @@ def verb(
             help="Score pairs of sentences in the form of CrowS-Pairs instead; `builtin` is a tiny set.",
         ),
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Score a run or a model on any split, or on other data (data.path=..., 'eval.metrics=[exact_match]').

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, Quiet, Verbose
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import lasting, print_json, say
 
 PANEL = "Use"
@@ -15,7 +16,9 @@ ORDER = 4
 
 
 def verb(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", autocompletion=complete_run, help="A run directory.", show_default=False)
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -63,6 +66,8 @@ def verb(
             show_default=False,
         ),
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Export a run; the written folder is loaded again and must give the run's logits before this says done."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, Quiet, Verbose
 from llmrecipe.core.console import print_json, say
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def verb(
         list[str] | None,
         typer.Option("--with", metavar="KEY=VALUE", help="Override for the model's recipe (model.dtype=...); may be repeated."),
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Choose the better of two answers, key by key; writes preference rows, resumes where it stopped."""

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import AUTO, PROCESSES, ConfigDir, VerbWords, Words, need_recipe, processes_word, sort_words
+from llmrecipe.cli.arguments import (
+    AUTO,
+    PROCESSES,
+    ConfigDir,
+    Json,
+    Quiet,
+    Verbose,
+    VerbWords,
+    Words,
+    need_recipe,
+    processes_word,
+    sort_words,
+)
 from llmrecipe.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -142,6 +154,9 @@ def verb(
             "SkyPilot's resources (infra=aws), of Kubernetes namespace, queue, memory, secret, ...",
         ),
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
 ) -> int:
     """Train on several processes or machines, or write the job that does: the same recipe and overrides as `train`.
 
@@ -153,8 +168,8 @@ def verb(
     if to is None:
         _refuse(job, "only a job file has it; add --to slurm, skypilot or kubernetes")
         cluster, slots = _cluster(nodes, node, master, hostfile, rendezvous)
-        return _run(request, words or [], nproc or slots or PROCESSES, cluster)
-    here = {"node": node, "master": master, "hostfile": hostfile, "rendezvous": rendezvous}
+        return _run(request, [*(["--json"] if as_json else []), *(words or [])], nproc or slots or PROCESSES, cluster)
+    here = {"json": as_json or None, "node": node, "master": master, "hostfile": hostfile, "rendezvous": rendezvous}
     _refuse(here, "is for the machines themselves; a job file has what they need")
     from llmrecipe.cli.job import make_job
 

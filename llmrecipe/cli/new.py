@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llmrecipe.cli.arguments import Quiet, Verbose
 from llmrecipe.core.console import say
 
 PANEL = "Tools"
@@ -51,6 +52,8 @@ def verb(
     columns: Annotated[
         str | None, typer.Option("--columns", metavar="WANTED=YOURS,...", help="What the columns of --from-data are.")
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the skeleton of a recipe into ./recipes, or of a method, an objective or a metric with its recipe and its test.
 

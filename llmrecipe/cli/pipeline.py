@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmrecipe.training.dry_run import Findings
 
 
-def run_pipeline(composition: Composition, recipe: str) -> None:
+def run_pipeline(composition: Composition, recipe: str, as_json: bool = False) -> None:
     """Run the stages of a recipe and print one table over them.
 
     Args:
@@ -25,7 +25,11 @@ def run_pipeline(composition: Composition, recipe: str) -> None:
     """
     from llmrecipe.pipelines.run_stages import run_all_stages
 
-    show_results(composition, run_all_stages(composition, recipe))
+    results = run_all_stages(composition, recipe)
+    if as_json:
+        print_json({"run": results[-1].dir, "stages": [asdict(result) for result in results]})
+    else:
+        show_results(composition, results)
 
 
 def show_results(composition: Composition, results: list[Result]) -> None:

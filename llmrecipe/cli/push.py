@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, Quiet, Verbose
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import console, print_json, say
 
 PANEL = "Use"
@@ -16,7 +17,10 @@ ORDER = 5
 
 def verb(
     place: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A folder that `export` wrote, or a run that holds one.")
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_EXPORT", autocompletion=complete_run, help="A folder that `export` wrote, or a run that holds one."
+        ),
     ],
     repo: Annotated[str, typer.Option("--repo", metavar="OWNER/NAME", help="Repository on the hub; made where there is none.")],
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it; without this it is private.")] = False,
@@ -29,6 +33,8 @@ def verb(
         str | None, typer.Option("--license", metavar="ID", help="Licence, such as apache-2.0; default: that of the base.")
     ] = None,
     message: Annotated[str, typer.Option("--message", help="Message of the commit.")] = "Push by llmrecipe",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Push an export to the Hugging Face hub, with its model card; private unless --public.

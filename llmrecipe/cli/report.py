@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, Quiet, Verbose
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import print_json, say
 
 PANEL = "Look"
@@ -15,11 +16,13 @@ ORDER = 31
 
 
 def verb(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", autocompletion=complete_run, help="Run directory.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: RUN/report.html.")] = None,
     card: Annotated[Path | None, typer.Option("--card", help="Also draw outcome and score as SVG, for a README.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Serve the page on this machine, where it follows the run.")] = False,
     port: Annotated[int, typer.Option("--port", help="With --live: the port; 0 takes a free one.", min=0, max=65535)] = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page about a run: outcome, curves, samples, recipe, data, warnings, environment.

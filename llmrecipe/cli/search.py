@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmrecipe.cli.arguments import ConfigDir, Json, Words, need_recipe, sort_words
+from llmrecipe.cli.arguments import ConfigDir, Json, Quiet, Verbose, Words, need_recipe, sort_words
 from llmrecipe.core.console import console, number, print_json, say
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ SHOWN = 20
 """Rows of the table; trials.jsonl has all of them."""
 
 
-def verb(words: Words = None, config_dir: ConfigDir = None, as_json: Json = False) -> None:
+def verb(
+    words: Words = None, config_dir: ConfigDir = None, quiet: Quiet = False, verbose: Verbose = False, as_json: Json = False
+) -> None:
     """Search the space a recipe gives under `search`, and write the best as a plain recipe; the same command resumes it."""
     from llmrecipe.core.errors import RecipeError
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
+from llmrecipe.cli.arguments import Json, Quiet, Verbose, Words, runs_and_overrides
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import print_json, say
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.listening import LOOPBACK, LOOPBACK_NAMES, listen
@@ -23,6 +24,7 @@ def verb(
         str,
         typer.Argument(
             metavar="RUN_OR_MODEL",
+            autocompletion=complete_run,
             help="A run directory, a model folder, a hub name or `tiny`; several runs of one base are models to choose from.",
         ),
     ],
@@ -37,6 +39,8 @@ def verb(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of one answer.")] = 1024,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Longest time of a request in seconds.")] = 300.0,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests answered or waiting at once.")] = 16,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Serve a run to clients of the OpenAI API, for trying it out: chat completions, completions, models, streaming.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import AUTO, ConfigDir, VerbWords, Words, need_recipe, sort_words
-from llmrecipe.core.console import say
+from llmrecipe.cli.arguments import AUTO, ConfigDir, Json, Quiet, Verbose, VerbWords, Words, need_recipe, sort_words
+from llmrecipe.core.console import print_json, say, say_progress
 
 PANEL = "Train"
 ORDER = 1
@@ -19,6 +20,9 @@ def verb(
         bool, typer.Option("--multirun", "-m", help="Train with every combination of values such as optim.lr=1e-3,1e-4.")
     ] = False,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
 ) -> None:
     """Run a recipe, or all stages of a pipeline recipe.
 
@@ -27,7 +31,7 @@ def verb(
     """
     request = sort_words(words)
     if multirun:
-        _sweep(request)
+        _sweep(request, as_json)
         return
     from llmrecipe.cli.early_checks import begun, composed, resumed
 
@@ -40,24 +44,39 @@ def verb(
     if composition.recipe.stages:
         from llmrecipe.cli.pipeline import run_pipeline
 
-        run_pipeline(composition, recipe)
+        run_pipeline(composition, recipe, as_json)
         return
     if run_dir == AUTO:
         # Every process looks before it joins the others, and none writes before all have joined: they find the same.
         state = begun(composition)
         if state == "done":
+            _done(Path(composition.recipe.run.dir or ""), as_json, again=True)
             return
         run_dir = composition.recipe.run.dir if state == "begun" else None
     for note in composition.notes:
-        say(note)
+        say_progress(note)
     from llmrecipe.training.train import train
 
     run = train(composition, run_dir)
     if run.runtime.is_main:
-        say(f"done: {run.dir.path}")
+        _done(run.dir.path, as_json)
 
 
-def _sweep(request: VerbWords) -> None:
+def _done(run: Path, as_json: bool, again: bool = False) -> None:
+    """Say where a finished run is, or print its newest numbers.
+
+    Args:
+        again: it was finished before, which has been said.
+    """
+    if as_json:
+        from llmrecipe.runs.run_record import read_run
+
+        print_json({"run": str(run), **read_run(run).facts()})
+    elif not again:
+        say(f"done: {run}")
+
+
+def _sweep(request: VerbWords, as_json: bool) -> None:
     """Search the grid of the values that overrides list; the same command continues it.
 
     Raises:
@@ -89,4 +108,4 @@ def _sweep(request: VerbWords) -> None:
         run, text = composition.recipe.run, json.dumps([axes, plain])
         key = hashlib.sha256(text.encode()).hexdigest()[:8]
         words.append(as_word(("run", "dir"), f"{run.root}/{run.name or composition.name}-sweep-{key}"))
-    run_search(recipe, words)
+    run_search(recipe, words, as_json)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import ConfigDir, Json, Words, runs_and_overrides, tell
+from llmrecipe.cli.arguments import ConfigDir, Json, Quiet, Verbose, Words, runs_and_overrides, tell
+from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import print_json, say
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def verb(
         str,
         typer.Argument(
             metavar="RECIPE_OR_RUN_OR_EXPORT",
+            autocompletion=complete_run,
             help="A recipe (name, file or recipe=NAME), a run directory, or a folder that `export` wrote.",
         ),
     ],
@@ -32,6 +34,8 @@ def verb(
         str | None, typer.Option("--run", metavar="RUN", help="Run of an exported folder; default: the folder above it.")
     ] = None,
     config_dir: ConfigDir = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Prove a recipe, a run or an export: layouts, stock forward, files, merging, generation, template, resume.

@@ -43,7 +43,7 @@ class Background(Generic[T]):
         while self._thread.is_alive():
             self._thread.join(every if waiting else None)
             if self._thread.is_alive():
-                say_aside(f"{waiting}: {time.monotonic() - started:.0f} s so far")
+                say_aside(f"{waiting}: {time.monotonic() - started:.0f} s so far", progress=True)
         if self._error is not None:
             raise self._error
         return self._found[0]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrecipe.core.printable import printable
+from llmrecipe.core.verbosity import is_quiet, progress_stream
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +84,7 @@ def counted(items: Iterable[T], what: str, total: int, every: float = 5.0) -> It
     last = time.monotonic()
     for number, item in enumerate(items):
         if total and time.monotonic() - last >= every:
-            say(f"{what}: {number} of {total}")
+            say_progress(f"{what}: {number} of {total}")
             last = time.monotonic()
         yield item
 
@@ -98,7 +99,7 @@ class Pace:
     def at(self, done: int) -> None:
         """Print `what: 12 of 64` where it is time."""
         if time.monotonic() - self._last >= self.every:
-            say_aside(f"{self.what}: {done:,} of {self.total:,}")
+            say_aside(f"{self.what}: {done:,} of {self.total:,}", progress=True)
             self._last = time.monotonic()
 
 
@@ -115,7 +116,7 @@ def lasting(what: str, so_far: Callable[[], str] | None = None) -> Iterator[None
     def repeat() -> None:
         while not over.wait(EVERY):
             more = f", {so_far()}" if so_far is not None else ""
-            say_aside(f"{what}: {time.monotonic() - started:.0f} s so far{more}")
+            say_aside(f"{what}: {time.monotonic() - started:.0f} s so far{more}", progress=True)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
@@ -131,7 +132,18 @@ def say(line: str) -> None:
     print(printable(line), flush=True)
 
 
-def say_aside(line: str) -> None:
-    """Print one line at once on stderr, so that JSON on stdout stays whole; only in the main process."""
-    if os.environ.get("RANK", "0") == "0":
+def say_progress(line: str) -> None:
+    """Print one line about what goes on, which `--quiet` leaves out and `--json` puts on stderr."""
+    stream = progress_stream()
+    if stream is not None:
+        print(printable(line), file=stream, flush=True)
+
+
+def say_aside(line: str, progress: bool = False) -> None:
+    """Print one line at once on stderr, so that JSON on stdout stays whole; only in the main process.
+
+    Args:
+        progress: it says what goes on, which `--quiet` leaves out.
+    """
+    if os.environ.get("RANK", "0") == "0" and not (progress and is_quiet()):
         print(printable(line), file=sys.stderr, flush=True)

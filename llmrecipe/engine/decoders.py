@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from llmrecipe.core.console import say
+from llmrecipe.core.console import say_progress
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import reason_of
 from llmrecipe.core.forward_context import Context, activate
@@ -142,7 +142,7 @@ def decoder_of(job: Decoding, task: int | None) -> Decoder:
                 f"model.path: '{family}' generates only without a cache, and sharded weights need the same passes in every "
                 "process; use runtime.shard=none"
             )
-        say(f"'{family}' has no cache that can be used: every new token takes a pass over the whole text")
+        say_progress(f"'{family}' has no cache that can be used: every new token takes a pass over the whole text")
         tried["uncached"] = True
     return uncached
 

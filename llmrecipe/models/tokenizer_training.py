@@ -58,7 +58,7 @@ def trained_tokenizer(train: TokenizerTrainingSection) -> Path:
         mark_used(folder)
         return folder
     names = ", ".join(part.reader.name for part in parts)
-    say_aside(f"training a tokenizer of {train.vocab_size:,} tokens on {names}")
+    say_aside(f"training a tokenizer of {train.vocab_size:,} tokens on {names}", progress=True)
     with lasting("training the tokenizer"):
         made, read = _train(train, lambda: texts_of(parts, data, kind, train.rows))
     # Without a validation split the training texts are what there is to try it on.

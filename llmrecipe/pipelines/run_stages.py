@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrecipe.core.apart import apart
-from llmrecipe.core.console import number, say
+from llmrecipe.core.console import number, say, say_progress
 from llmrecipe.core.errors import Interrupted, LlmRecipeError, ProofError, RunError, UserError
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
@@ -80,7 +80,7 @@ def run_all_stages(composition: Composition, recipe: str | None = None) -> list[
     made = plan(composition)
     words = ["llmrecipe", "train", f"recipe={recipe or composition.path}", *composition.overrides]
     for note in made.notes:
-        say(note)
+        say_progress(note)
     machine = apart(lambda: _checked(made, composition.recipe.run.parallel), "the check of the stages")
     pipeline = Pipeline(made, shlex.join(words), Children(machine))
     with handled_by(pipeline.children.forward):

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 
-from llmrecipe.core.console import say
+from llmrecipe.core.console import say_progress
+from llmrecipe.core.printable import printable
+from llmrecipe.core.verbosity import progress_stream
 from llmrecipe.recipe.pipeline_plan import Planned
 from llmrecipe.recipe.rights import rights_words
 from llmrecipe.recipe.step_spec import StepComposition
@@ -146,7 +148,7 @@ def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[]
         enough: called at each line; True makes the stage write a checkpoint and end.
     """
     words = command_of(planned, continued)
-    say_of(planned.name, shlex.join(["llmrecipe", *words]))
+    say_progress(f"[{planned.name}] {shlex.join(['llmrecipe', *words])}")
     process = child.process = subprocess.Popen(
         # -P: import nothing from the working folder.
         [sys.executable, "-P", "-m", "llmrecipe", *words],
@@ -175,6 +177,6 @@ def execute(child: Child, planned: Planned, continued: bool, enough: Callable[[]
 
 
 def say_of(stage: str, line: str) -> None:
-    """Print one line of a stage; lines of concurrent stages never mix."""
+    """Print one line of a stage, which itself leaves out what is not to be shown; lines of concurrent stages never mix."""
     with _screen:
-        say(f"[{stage}] {line}")
+        print(printable(f"[{stage}] {line}"), file=progress_stream() or sys.stderr, flush=True)

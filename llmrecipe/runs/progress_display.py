@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from llmrecipe.core.console import number, sparkline
 from llmrecipe.core.printable import message_text
 from llmrecipe.core.score_intervals import ENDS, shown
+from llmrecipe.core.verbosity import is_verbose, progress_stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,15 +40,38 @@ class Display(Protocol):
 
 
 def display(live: str, steps: int | None, stream: TextIO | None = None, metrics: Sequence[str] = (ALL,)) -> Display:
-    """Return a live panel when requested or on a terminal, plain lines otherwise.
+    """Return a live panel when requested or on a terminal, plain lines otherwise; warnings alone under `--quiet`.
 
     Args:
         metrics: names, without the split in front, of what is shown besides the loss, the learning rate and the speed.
     """
-    stream = stream or sys.stdout
+    stream = stream or progress_stream()
+    if stream is None:
+        return Warnings(sys.stderr)
+    metrics = (ALL,) if is_verbose() else metrics
     attended = stream.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ
     kind: type[Panel | Lines] = Panel if live == "on" or (live == "auto" and attended) else Lines
+    if kind is Lines and is_verbose():
+        return Lines(steps, stream, seconds=0.0, metrics=metrics)
     return kind(steps, stream, metrics=metrics)
+
+
+class Warnings:
+    """Warnings alone."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def show(self, event: dict[str, Any], replay: bool = False) -> None:
+        """See `Display.show`."""
+        if event["event"] == "warning" and not replay:
+            print(event_text(event), file=self.stream, flush=True)
+
+    def expect(self, steps: int) -> None:
+        """See `Display.expect`."""
+
+    def close(self) -> None:
+        """See `Display.close`."""
 
 
 class Lines:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.core.console import say
+from llmrecipe.core.console import say_progress
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import reading
 from llmrecipe.recipe.provenance import leaves
@@ -120,5 +120,5 @@ def record(directory: RunDir, composition: Composition, changes: Changes) -> Non
     if not changes or not directory.main:
         return
     for line in lines_of(changes):
-        say(f"resume changes {line}")
+        say_progress(f"resume changes {line}")
     directory.redescribe(composition)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.core.console import counted, lasting, say
+from llmrecipe.core.console import counted, lasting, say_progress
 from llmrecipe.core.errors import RunError
 from llmrecipe.data import order
 from llmrecipe.data.collate import Batch
@@ -23,6 +23,7 @@ from llmrecipe.methods._base.update_rule import LateResult, StepResult
 from llmrecipe.optim.optimizer import set_learning_rate
 from llmrecipe.recipe.sharding_rules import PLAIN
 from llmrecipe.runs.open_model import original
+from llmrecipe.runs.report.card import report_card
 from llmrecipe.training import build_run, finite_check, forgetting, resume_rules, save_run
 from llmrecipe.training.build_run import abandoned, build_parts
 from llmrecipe.training.evaluate import evaluate
@@ -67,6 +68,10 @@ class Run(RunState):
         run.reads_late = run.runtime.device.type != "cpu" and composition.recipe.run.on_nan == "stop"
         return run
 
+    def _repr_html_(self) -> str:
+        """Return the card of the report, as a notebook shows it: outcome, score, curve, cost."""
+        return report_card(self.dir.path)
+
     # --- data -----------------------------------------------------------------------------------------------------
 
     def feed(self) -> Iterator[list[Batch]]:
@@ -100,7 +105,9 @@ class Run(RunState):
             size, count = rows or self.recipe.batch.size, capped(n, rows)
             indices = order(source, self.recipe.seed + 1_000_003, 0)
             if count < n and self.runtime.is_main:
-                say(f"calibration: {n} batches of {size} rows were requested and the data fill {count}; no row is read twice")
+                say_progress(
+                    f"calibration: {n} batches of {size} rows were requested and the data fill {count}; no row is read twice"
+                )
             for i in counted(range(count), "calibration", count if self.runtime.is_main else 0):
                 yield [source[int(j)] for j in indices[i * size : (i + 1) * size]]
 

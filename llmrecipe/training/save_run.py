@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from llmrecipe.core.console import lasting, say
+from llmrecipe.core.console import lasting, say_progress
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import reading
 from llmrecipe.data.collate import Batch
@@ -148,7 +148,7 @@ def restore(run: RunState) -> None:
     """
     path = latest_checkpoint(run.dir.path / "checkpoints")
     if path is None:
-        say(f"{run.dir.path} was stopped before its first checkpoint: it starts again at step 1")
+        say_progress(f"{run.dir.path} was stopped before its first checkpoint: it starts again at step 1")
         run.events.resume(0, lines=0)
         return
     with reading(f"the checkpoint {path} cannot be used", "take it out, and the run goes on from the one before it"):

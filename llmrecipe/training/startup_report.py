@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.core.console import say
+from llmrecipe.core.console import say_progress
 from llmrecipe.core.foreign import read_json
 from llmrecipe.core.redact import redact_text
 from llmrecipe.data import validation
@@ -45,7 +45,7 @@ def announce(run: RunState) -> None:
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
     ]
     for line in lines:
-        say(line)
+        say_progress(line)
     if run.roles.engine.one_by_one:
         run.events.warning(
             "attention in one call does not give this model's states here: packed documents are computed one after another "

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli.app import build_app, run_command
-from llmrecipe.cli.arguments import complete_word, sort_words
+from llmrecipe.cli.arguments import sort_words
+from llmrecipe.cli.completion import complete_word
 from llmrecipe.core.errors import Interrupted, RecipeError
 from llmrecipe.core.registry import PACKAGE
 
@@ -211,6 +212,8 @@ def test_completion_offers_recipes_groups_and_keys() -> None:
     assert "recipe=dpo_lora" in complete_word("recipe=dpo")
     assert complete_word("optim=ada") == ["optim=adafactor", "optim=adamw", "optim=adamw_8bit"]
     assert "data.max_length=" in complete_word("data.max")
+    # Alone it would be followed by a space.
+    assert complete_word("data.packi") == ["data.packing=", "data.packing=auto"] or len(complete_word("data.packi")) > 1
 
 
 def test_words_are_sorted() -> None:

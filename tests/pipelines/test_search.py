@@ -218,7 +218,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(lab: Lab, capsys: pyt
     lab.fail_at = 1
     found, trials = searched("search.trials=4")
     assert [t.state for t in trials] == ["done", "failed", "done", "done"]
-    assert "trial 1 failed: loss nan" in capsys.readouterr().out
+    assert "trial 1 failed: loss nan" in capsys.readouterr().err
     assert found.best(trials).number != 1
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.apart import apart
-from llmrecipe.core.console import say
+from llmrecipe.core.console import say_aside, say_progress
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.foreign import parse_json, reading
 from llmrecipe.core.signals import handled_by
@@ -190,7 +190,7 @@ class Search:
             LlmRecipeError: the first failure, once the others have ended.
         """
         for number, point, _ in proposed:
-            say(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
+            say_progress(f"trial {number}: {', '.join(f'{k} {v}' for k, v in point.items())}")
         running = [pool.submit(self._try, *trial) for trial in proposed]
         intact: set[Future[Trial]] | None = None
         # A signal may reach any thread; Python handles it in this one, as soon as it wakes up.
@@ -228,7 +228,7 @@ class Search:
                 self.not_begun += state_of(planned) != "failed"
                 if self.not_begun >= NOT_BEGUN and not self.one_came_to_an_end:
                     raise
-                say(f"trial {number} failed: {error}")
+                say_aside(f"trial {number} failed: {error}")
                 trial.state = "failed"
                 return trial
             if enough is not None and how != "stopped" and enough():
@@ -238,7 +238,7 @@ class Search:
                 break
             value = self._value(planned)
             if math.isnan(value):
-                say(f"trial {number} failed: {self.evaluation.monitor} of {planned.dir} is not a number")
+                say_aside(f"trial {number} failed: {self.evaluation.monitor} of {planned.dir} is not a number")
                 trial.state = "failed"
                 return trial
             trial.values.append(value)
