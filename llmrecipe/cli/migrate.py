@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrecipe.cli.arguments import Json
+from llmrecipe.cli.arguments import Json, Quiet, Verbose
 from llmrecipe.core.console import console, print_json, say, value_text
 
 if TYPE_CHECKING:
     from llmrecipe.interop.migrate.account import Entry
     from llmrecipe.interop.migrate.convert import Migration
+    from llmrecipe.recipe.rewrite import Rewritten
 
 PANEL = "Tools"
 ORDER = 2
 
 
 def verb(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Configuration of axolotl, LLaMA-Factory, TRL or torchtune.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Configuration of axolotl, LLaMA-Factory, TRL or torchtune; or an old recipe."),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="PATH", help="Recipe to write; default: recipes/NAME.yaml.")
     ] = None,
@@ -33,22 +37,34 @@ def verb(
     processes: Annotated[
         int, typer.Option("--processes", metavar="N", min=1, max=1 << 20, help="Devices the file was used on.")
     ] = 1,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Write another tool's configuration as a recipe, and say what became of each of its keys."""
+    """Write another tool's configuration as a recipe, and say what became of each of its keys.
+
+    A recipe of llmrecipe itself that has words with newer names is written in the new ones.
+    """
     from llmrecipe.cli.recipe_file import free_name, recipe_word, write_recipe
     from llmrecipe.core.errors import RecipeError
     from llmrecipe.interop.migrate.convert import migrate_file, migrated_text
     from llmrecipe.recipe.compose import compose, load_entry_points
+    from llmrecipe.recipe.rewrite import rewrite_recipe
 
     load_entry_points()
-    found = migrate_file(file, tool, trainer, processes)
+    own = rewrite_recipe(file) if tool is None and file.suffix in (".yaml", ".yml") else None
+    found = None if own is not None else migrate_file(file, tool, trainer, processes)
     path = out or Path("recipes") / f"{free_name(file.name.split('.')[0])}.yaml"
     if path.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"--out {path}: a recipe's name ends in .yaml")
     if path.exists():
         raise RecipeError(f"{path} exists already; choose another name: --out PATH")
     word = recipe_word(path)
+    if own is not None:
+        write_recipe(path, own.text)
+        print_json({"recipe": str(path), "tool": "llmrecipe", "renamed": own.notes}) if as_json else _show_renamed(own, path)
+        return
+    assert found is not None
     write_recipe(path, migrated_text(found, word))
     try:
         compose(path)
@@ -60,6 +76,12 @@ def verb(
         return
     _show(found)
     say(f"wrote {path}; next: llmrecipe check recipe={word}, then llmrecipe data recipe={word}")
+
+
+def _show_renamed(found: Rewritten, path: Path) -> None:
+    for note in found.notes:
+        say(note)
+    say(f"wrote {path}; nothing else in it has changed")
 
 
 def _show(found: Migration) -> None:

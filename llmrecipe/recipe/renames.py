@@ -2,6 +2,9 @@
 
 A stage's key is renamed by its place, an option by the component that the same mapping describes. Keys of results, which were
 computed in the first words, do not change with a word (`first_words`).
+
+An old word is read in the minor version that renamed it and in the next one. Each use prints the new word, and
+`llmrecipe migrate RECIPE` rewrites a file. After that it is a mistake like any other.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ class Rename:
 
     old: str
     new: str
+    since: tuple[int, int]
+    """Version (major, minor) that renamed it."""
     options_of: tuple[str, ...] = ()
     """Components that have it as an option."""
     stage_key: bool = False
@@ -34,10 +39,20 @@ class Rename:
     group: bool = False
     """It is a registry group, as in `llmrecipe list GROUP` and `llmrecipe show GROUP.NAME`."""
 
+    def is_read_in(self, version: str) -> bool:
+        """Return whether a version of the package reads the old word.
+
+        Examples:
+            >>> [RENAMES[0].is_read_in(version) for version in ("0.1.0", "0.2.3", "0.3.0")]
+            [True, True, False]
+        """
+        major, minor = (int(part) for part in version.split(".")[:2])
+        return (major, minor) <= (self.since[0], self.since[1] + 1)
+
 
 RENAMES = (
-    Rename("each", "matrix", stage_key=True, reference=True),
-    Rename("agent", "judge", options_of=("critique", "label_ai", "judge"), group=True),
+    Rename("each", "matrix", (0, 1), stage_key=True, reference=True),
+    Rename("agent", "judge", (0, 1), options_of=("critique", "label_ai", "judge"), group=True),
 )
 """Every renamed word."""
 SPACE = ("search", "space")

@@ -134,6 +134,15 @@ def read_yaml(path: Path) -> YamlFile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{short(path)}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: Path) -> YamlFile:
+    """Parse the text of a recipe or preset file; errors as of `read_yaml`.
+
+    Args:
+        path: the file, for messages.
+    """
     try:
         loader = _Loader(text)
         try:
