@@ -8,12 +8,12 @@ import typer
 
 from llmrecipe.cli.arguments import Json, Words, runs_and_overrides
 from llmrecipe.cli.completion import complete_run
-from llmrecipe.core.console import console, print_json, say
+from llmrecipe.core.console import print_json, say
 from llmrecipe.core.errors import UserError
-from llmrecipe.core.printable import message_text, printable
+from llmrecipe.core.printable import printable
 
 if TYPE_CHECKING:
-    from llmrecipe.evaluation.chat import Chat
+    pass
 
 PANEL = "Use"
 ORDER = 2
@@ -69,31 +69,6 @@ def verb(
             answer = printable(pair["answer"])
             say(f"[{pair['adapter']}] {answer}" if len(chat.used) > 1 else answer)
         return
-    interactive(chat)
+    from llmrecipe.cli.conversation import converse
 
-
-def interactive(chat: Chat) -> None:
-    """Read turns from the terminal until the end of input; `/new` starts over, `/use NAME` switches, `/quit` leaves."""
-    from rich.prompt import Prompt
-
-    screen = console()
-    screen.print("/new starts over, /quit leaves", style="dim")
-    if chat.adapters is not None:
-        screen.print(f"/use NAME switches: {', '.join(chat.adapters.choices)}; now {chat.used[0]}", style="dim")
-    while True:
-        try:
-            text = Prompt.ask("[bold]you[/bold]", console=screen).strip()
-        except (EOFError, KeyboardInterrupt):
-            screen.print()
-            return
-        if text == "/quit":
-            return
-        if text == "/new":
-            chat.turns = []
-        elif text == "/use" or text.startswith("/use "):
-            try:
-                chat.use([text.removeprefix("/use").strip()])
-            except UserError as error:
-                screen.print(message_text(str(error)), style="red")
-        elif text:
-            screen.print(chat.answer(text), style="cyan")
+    converse(chat)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llmrecipe.core.errors import UserError
+from llmrecipe.core.forward_context import Context
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
 from llmrecipe.engine.answer_ends import answer_ends
-from llmrecipe.engine.generation import generate
+from llmrecipe.engine.generation import answered, generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.evaluation.open_several import REQUESTED, open_several
+from llmrecipe.evaluation.serving.text_stream import TextStream
 from llmrecipe.interop.multi_adapter import Adapters, task_adapters
 from llmrecipe.runs.open_model import LoadedModel
 from llmrecipe.runtime.processes import pick_device
@@ -28,6 +31,8 @@ class Chat:
     turns: list[dict[str, str]] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     """Adapters that answer; in a conversation the first."""
+    attempt: int = 0
+    """Names the random stream of the answers: another number draws others."""
 
     @classmethod
     def open(cls, paths: list[str], overrides: list[str], sampling: Sampling, system: str | None = None) -> Chat:
@@ -81,6 +86,33 @@ class Chat:
             new = generate(self.loaded.model, self.loaded.tokenizer, prompts, self.sampling)
         ends = answer_ends(self.loaded.model, self.loaded.tokenizer, self.sampling)
         return [ends.text(ids) for ids in new]
+
+    def streamed(self, text: str, emit: Callable[[str], None]) -> str:
+        """Return the model's answer to one more user turn, which is remembered; `emit` gets its text piece by piece."""
+        tokenizer, ends = self.loaded.tokenizer, answer_ends(self.loaded.model, self.loaded.tokenizer, self.sampling)
+        turns = [*self.turns, {"role": "user", "content": text}]
+        stream = TextStream(
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            self.sampling.stop,
+            bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+            stripped=True,
+        )
+
+        def report(_: int, token: int) -> None:
+            if token not in ends.tokens and (piece := stream.feed(token)):
+                emit(piece)
+
+        context, tasks = Context(), None
+        if self.adapters is not None:
+            off, _, tasks = self.adapters.groups(self.used[:1])[0]
+            context = Context(off=off)
+        prompts = [self.prompt_ids(turns)]
+        found = answered(self.loaded.model, tokenizer, prompts, self.sampling, context, tasks, [self.attempt], report)
+        answer = ends.text(next(iter(found))[1])
+        if piece := stream.close():
+            emit(piece)
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+        return answer
 
     def answer(self, text: str, remember: bool = True) -> str:
         """Return the model's answer to one more user turn."""
