@@ -195,7 +195,7 @@ def test_columns_are_named_where_their_names_say_nothing(capsys: pytest.CaptureF
     Path("odd.csv").write_text("frage,antwort\n" + "".join(f"{_ask(i)},{_say(i)}\n" for i in range(8)))
     assert run_command(["new", "--from-data", "odd.csv"]) == 2
     said = capsys.readouterr().err
-    assert "no data format has the columns frage, antwort" in said and "--columns WANTED=YOURS" in said
+    assert "no data format has the columns frage, antwort" in said and "--columns prompt=frage,completion=antwort" in said
     assert run_command(["new", "--from-data", "odd.csv", "--columns", "prompt=frage,completion=antwort"]) == 0
     assert read_yaml(Path("recipes/odd.yaml")).value["data"]["columns"] == {"prompt": "frage", "completion": "antwort"}
     for columns, reason in (("prompt:frage", "write WANTED=YOURS"), ("prompt=frag", "no column 'frag'; did you mean 'frage'?")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.aliases import UnclearColumns, normal_name
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.data_format import Conversion, data_format
+from llmrecipe.data.formats.data_format import Conversion, DataFormat, data_format
 from llmrecipe.data.formats.detect import DetectedFormat, detect, map_columns
-from llmrecipe.data.formats.mismatch import mapping_text, nearest_mapping
+from llmrecipe.data.formats.mismatch import COMMON, mapping_by_place, mapping_text, nearest_mapping
 from llmrecipe.data.formats.sources import Part
 
 Row = dict[str, Any]
@@ -111,10 +112,18 @@ def _nothing_fits(where: str, row: Row) -> str:
     formats = [data_format(name) for name in registry.names("format")]
     nearest = nearest_mapping(formats, row)
     named = {normal_name(column): column for column in row}
-    shared = sorted(formats, key=lambda one: -max(sum(c in named for c in columns) / len(columns) for columns in one.columns))
+
+    def rank(one: DataFormat) -> tuple[float, int, int]:
+        shares = (sum(c in named for c in columns) / len(columns) for columns in one.columns)
+        usual = COMMON.index(one.name) if one.name in COMMON else len(COMMON)
+        return -max(shares), abs(len(one.columns[0]) - len(row)), usual
+
+    shared = sorted(formats, key=rank)
     lines = [f"{where}: no data format has the columns {', '.join(map(str, row)) or '(none)'}."]
     if nearest:
         lines.append(f"Nearest: {mapping_text(nearest)}")
     lines += [f"  {one.name:<20} needs {'+'.join(one.columns[0])}  ({one.summary})" for one in shared[:6]]
-    lines.append("Say which columns they are, --columns WANTED=YOURS,... , or see `llmrecipe docs data` for every format.")
+    placed = mapping_by_place(formats, row) if not nearest else {}
+    example = shlex.quote(",".join(f"{wanted}={own}" for wanted, own in placed.items())) if placed else "WANTED=YOURS,..."
+    lines.append(f"Say which columns they are: --columns {example}; `llmrecipe docs data` lists every format.")
     return "\n".join(lines)

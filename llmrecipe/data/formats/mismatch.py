@@ -13,6 +13,8 @@ from llmrecipe.data.formats.messages import is_messages
 from llmrecipe.data.tokenize.row_type import row_type
 
 Row = dict[str, Any]
+COMMON = ("prompt_completion", "text", "labelled", "preference", "unpaired")
+"""The usual formats, which are meant first where the names of columns say nothing."""
 
 
 def mismatch(formats: Sequence[DataFormat], row: Row, rows: str, where: str, other: DataFormat | None = None) -> str:
@@ -37,12 +39,20 @@ def mismatch(formats: Sequence[DataFormat], row: Row, rows: str, where: str, oth
         lines.append(f"'{inner}' holds a list of objects: if they are the rows, write that list to a file of its own.")
     for found in formats:
         lines.append(f"  {found.name:<20} needs {' or '.join('+'.join(c) for c in found.columns[:3])}  ({found.summary})")
+    placed = mapping_by_place(formats, row)
+    example = f", perhaps {mapping_text(placed)}" if placed else " with data.columns='{wanted: column}'"
     lines.append(
-        f"Nearest: {mapping_text(mapping)}"
-        if mapping
-        else "Map columns with data.columns='{wanted: column}', or name the format with data.format."
+        f"Nearest: {mapping_text(mapping)}" if mapping else f"Map columns{example}, or name the format with data.format."
     )
     return "\n".join(lines)
+
+
+def mapping_by_place(formats: Sequence[DataFormat], row: Row) -> dict[str, str]:
+    """Return the columns of the most usual format that has as many as a row of texts, in their order; empty where none has."""
+    if not all(isinstance(value, str) for value in row.values()):
+        return {}
+    usual = [one for name in COMMON for one in formats if one.name == name and len(one.columns[0]) == len(row)]
+    return dict(zip(usual[0].columns[0], map(str, row), strict=True)) if usual else {}
 
 
 def _holds_rows(value: object) -> bool:
