@@ -25,6 +25,7 @@ from llmrecipe.core.lazy import load_module
 from llmrecipe.core.printable import message_text
 from llmrecipe.core.redact import redact_text
 from llmrecipe.core.steady_output import let_go, open_streams, steady_output
+from llmrecipe.core.verbosity import for_one_command
 
 PANELS = ("Train", "Look", "Use", "Tools")
 WORK = ("train", "launch", "search", "step", "generate", "label", "export", "push", "new", "migrate")
@@ -99,6 +100,11 @@ def _unwritten(error: OSError) -> int:
 
 def run_command(arguments: list[str]) -> int:
     """Run the command line and return the exit code instead of exiting."""
+    with for_one_command():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         with steady_output() if _works(arguments) else contextlib.nullcontext():
             result = build_app()(args=arguments, standalone_mode=False, prog_name="llmrecipe")

@@ -14,7 +14,7 @@ import typer
 from llmrecipe.cli.completion import complete_override
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.printable import message_text
-from llmrecipe.core.verbosity import JSON, QUIET, VERBOSE, is_quiet
+from llmrecipe.core.verbosity import JSON, QUIET, VERBOSE, is_quiet, is_verbose, show_log
 
 Words = Annotated[
     list[str] | None,
@@ -68,39 +68,19 @@ ConfigDir = Annotated[
 """Acts as soon as it is read, so no verb has to look at it."""
 
 
-def _set_variable(name: str) -> Callable[[typer.Context, bool], bool]:
+def _set_variable(name: str) -> Callable[[bool], bool]:
     """Return the callback of a flag that sets an environment variable for this command and the processes it starts."""
 
-    def set_it(context: typer.Context, given: bool) -> bool:
-        if not given:
-            return False
-        if name in (QUIET, VERBOSE) and (QUIET if name == VERBOSE else VERBOSE) in os.environ:
-            raise RecipeError("--quiet and --verbose: one leaves out what the other adds; give one of them")
-        before = os.environ.get(name)
-        os.environ[name] = "1"
-        context.call_on_close(lambda: os.environ.pop(name, None) if before is None else None)
-        return True
+    def set_it(given: bool) -> bool:
+        if given:
+            os.environ[name] = "1"
+            if is_quiet() and is_verbose():
+                raise RecipeError("--quiet and --verbose: one leaves out what the other adds; give one of them")
+            if name == VERBOSE:
+                show_log()
+        return given
 
     return set_it
-
-
-def _show_log(context: typer.Context, given: bool) -> bool:
-    """Show the log on stderr, for `--verbose`."""
-    if _set_variable(VERBOSE)(context, given):
-        import logging
-
-        logger, handler = logging.getLogger("llmrecipe"), logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("log: %(message)s"))
-        level = logger.level
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-
-        def restore() -> None:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-
-        context.call_on_close(restore)
-    return given
 
 
 Json = Annotated[
@@ -118,7 +98,10 @@ Quiet = Annotated[
 ]
 """Acts as soon as it is read, so no verb has to look at it."""
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", is_eager=True, callback=_show_log, help="Every step, every metric and the log.")
+    bool,
+    typer.Option(
+        "--verbose", "-v", is_eager=True, callback=_set_variable(VERBOSE), help="Every step, every metric and the log."
+    ),
 ]
 """Acts as soon as it is read, so no verb has to look at it."""
 

@@ -9,7 +9,7 @@ import typer
 
 from llmrecipe.cli.arguments import Json, Quiet, Verbose
 from llmrecipe.cli.completion import complete_run
-from llmrecipe.core.console import lasting, print_json, say
+from llmrecipe.core.console import lasting, print_json, say, say_progress
 
 PANEL = "Use"
 ORDER = 4
@@ -114,8 +114,8 @@ def verb(
         print_json(done.facts())
         return
     for note in done.notes:
-        say(note)
-    say(f"proven: {done.difference}")
+        say_progress(note)
+    say_progress(f"proven: {done.difference}")
     say(f"done: {done.path}")
 
 

@@ -9,7 +9,7 @@ import typer
 
 from llmrecipe.cli.arguments import ConfigDir, Json, Quiet, Verbose, Words, runs_and_overrides, tell
 from llmrecipe.cli.completion import complete_run
-from llmrecipe.core.console import print_json, say
+from llmrecipe.core.console import print_json, say_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def verb(
     for line in check_results(subject.removeprefix("recipe="), overrides, run):
         lines.append(line)
         if not as_json:
-            say(f"{line.check}: {line.result}")
+            say_progress(f"{line.check}: {line.result}")
     if not overrides and (Path(subject) / "status.json").is_file():
         keep(Path(subject), lines)
     failed = [line for line in lines if line.result == "failed"]

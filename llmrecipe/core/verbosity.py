@@ -5,11 +5,40 @@ Environment variables hold it, so that the processes a command starts say as muc
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 QUIET, VERBOSE, JSON = "LLMRECIPE_QUIET", "LLMRECIPE_VERBOSE", "LLMRECIPE_JSON"
+
+LOGGER = "llmrecipe"
+
+
+@contextlib.contextmanager
+def for_one_command() -> Iterator[None]:
+    """Put back, after a command, what its flags have set: the variables and the log."""
+    before = {name: os.environ.get(name) for name in (QUIET, VERBOSE, JSON)}
+    logger = logging.getLogger(LOGGER)
+    level, handlers = logger.level, list(logger.handlers)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+def show_log() -> None:
+    """Show the log of the package on stderr."""
+    logger, handler = logging.getLogger(LOGGER), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("log: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
 
 
 def is_quiet() -> bool:

@@ -68,7 +68,7 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Press]:
     [
         ("llmrecipe tra\t", ["train"]),
         ("llmrecipe train recipe=dpo_lo\t", ["train", "recipe=dpo_lora"]),
-        ("llmrecipe train data.max_l\t64", ["train", "data.max_length=64"]),
+        ("llmrecipe train data.max_le\t64", ["train", "data.max_length=64"]),
         ("llmrecipe train model.dtype=bf\t", ["train", "model.dtype=bfloat16"]),
         ("llmrecipe train resume=runs/on\t", ["train", "resume=runs/one"]),
         ("llmrecipe eval runs/ol\t", ["eval", "runs/old/two"]),

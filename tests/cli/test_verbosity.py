@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,16 @@ def options(verb: str) -> set[str]:
 
 
 @pytest.fixture(autouse=True)
-def untouched() -> None:
+def untouched() -> Iterator[None]:
     """A command leaves the environment and the log as they were."""
-    before, level = dict(os.environ), logging.getLogger("llmrecipe").level
-    yield  # type: ignore[misc]
-    assert dict(os.environ) == before and logging.getLogger("llmrecipe").level == level
+
+    def state() -> tuple[list[str], int, int]:
+        logger = logging.getLogger("llmrecipe")
+        return [name for name in os.environ if name.startswith("LLMRECIPE")], logger.level, len(logger.handlers)
+
+    before = state()
+    yield
+    assert state() == before
 
 
 def test_every_verb_that_works_has_them() -> None:

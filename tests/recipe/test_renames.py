@@ -224,6 +224,6 @@ def test_migrate_rewrites_a_recipe_in_old_words_and_leaves_the_rest(
 
 
 def test_what_cannot_be_rewritten_by_itself_is_named(tmp_path: Path) -> None:
-    line = "stages: {c: {kind: critique, answers: x, agent: {kind: judge, agent: {kind: rule}}}}"
+    line = "stages: {c: {kind: critique, answers: 'agent: x', agent: {kind: rule}}}"
     with pytest.raises(RecipeError, match=r"by hand:\n  stages.c.agent is called stages.c.judge"):
-        rewrite_recipe(write(tmp_path, line.replace("answers: x", '"agent" : 1')))
+        rewrite_recipe(write(tmp_path, line))
