@@ -37,7 +37,7 @@ def converse(chat: Chat) -> None:
             if text.startswith("/"):
                 obey(chat, text, screen)
             elif text:
-                answer(chat, text, screen)
+                print_answer(chat, text, screen)
         except UserError as error:
             screen.print(message_text(str(error)), style="red")
 
@@ -81,13 +81,13 @@ def obey(chat: Chat, text: str, screen: Console) -> None:
             raise UserError("/regenerate: without a temperature the answer is the same: llmrecipe chat ... --temperature 1")
         last = chat.turns[-2]["content"]
         chat.turns, chat.attempt = chat.turns[:-2], chat.attempt + 1
-        answer(chat, last, screen)
+        print_answer(chat, last, screen)
     else:
         known = [command.split()[0] for command in COMMANDS]
         raise UserError(f"{name}: there is no such command{did_you_mean(name, known)} (known: {', '.join(known)})")
 
 
-def answer(chat: Chat, text: str, screen: Console) -> None:
+def print_answer(chat: Chat, text: str, screen: Console) -> None:
     """Print the answer to a turn while it is decoded; one that Ctrl-C ends is forgotten."""
     try:
         chat.streamed(text, lambda piece: screen.print(piece, style="cyan", end="", soft_wrap=True))

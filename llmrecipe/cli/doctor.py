@@ -70,13 +70,10 @@ def packages() -> dict[str, str]:
 
 def extras() -> dict[str, str]:
     """Return each optional extra with the versions of its packages, or what to install."""
-    from packaging.markers import default_environment
-
-    here = default_environment()
     found: dict[str, list[Requirement]] = {}
     for one in requirements():
         for extra in EXTRA.findall(str(one.marker or "")):
-            if extra != DEV and one.marker is not None and one.marker.evaluate({**here, "extra": extra}):
+            if extra != DEV and one.marker is not None and one.marker.evaluate({"extra": extra}):
                 found.setdefault(extra, []).append(one)
     return {extra: _extra_state(extra, needed) for extra, needed in sorted(found.items())}
 

@@ -125,7 +125,7 @@ def golden_answer(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, fron
     answer = generate(model, tokenizer, [ids], Sampling(max_new_tokens=ANSWER_TOKENS))[0]
     logits = answer_logits(model, ids, answer)
     return Golden(
-        answer=tokenizer.decode(answer, skip_special_tokens=True),
+        answer=str(tokenizer.decode(answer, skip_special_tokens=True)),
         answer_ids=answer,
         logprobs=_logprobs(logits, answer),
         largest=_largest(logits),

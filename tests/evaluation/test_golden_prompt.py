@@ -63,7 +63,7 @@ def test_an_export_is_verified_without_its_run(tmp_path: Path, to: str, dtype: s
     assert len(golden["logprobs"]) == len(golden["answer_ids"]) and max(golden["logprobs"]) <= 0.0
     line = golden_line(out)
     assert (line.result, line.bound) == ("ok", {"float32": 1e-4, "bfloat16": 5e-2}[dtype])
-    for key, words in (("answer_ids", "token "), ("prompt_ids", "the tokenizer of the folder gives"), ("logprobs", "token 3")):
+    for key, words in (("answer_ids", "token"), ("prompt_ids", "the tokenizer of the folder gives"), ("logprobs", "token 3")):
         value = list(golden[key])
         value[2] = value[2] - 20.0 if key == "logprobs" else (value[2] + 1) % VOCABULARY
         change(out, key, value)

@@ -22,6 +22,7 @@ from llmrecipe.interop.verify_logits import golden_ids, logits_of, probe_picture
 from llmrecipe.models import native
 from llmrecipe.models.checkpoint_path import adapter_base, check_folder, is_adapter, locate, offline
 from llmrecipe.models.load import load_tokenizer
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import quiet
 from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
@@ -59,7 +60,7 @@ def _compared(folder: Path, golden: Golden) -> Measured:
         )
     if golden.vector:
         check_folder(folder)
-        _check_ids(text, golden, golden_ids(tokenizer_of(folder), chat=False))
+        _check_ids(text, golden, golden_ids(exported_tokenizer(folder), chat=False))
         with reading(str(folder), REMEDY):
             vector = vector_of(folder, golden.prompt_ids, getattr(torch, golden.dtype))
         return Measured(text, *_measured(golden, vector, folder))
@@ -118,17 +119,18 @@ def open_export(folder: Path, golden: Golden) -> tuple[LanguageModel, PreTrained
     dtype = getattr(torch, golden.dtype)
     if (folder / GGUF_FILE).is_file():
         with reading(str(folder / GGUF_FILE), REMEDY):
-            return read_gguf(folder, dtype, golden.config)
+            model, tokenizer = read_gguf(folder, dtype, golden.config)
+            return pretrained(model), tokenizer
     check_folder(folder)
     name = str((read_json(folder / "config.json").get("architectures") or [""])[0])
     family: Any = getattr(transformers, name, None) or getattr(native, name, None)
     if family is None:
         raise NotApplicable(f"its class {name} is none of Transformers' own")
     with reading(str(folder), REMEDY), quiet():
-        return family.from_pretrained(folder, dtype=dtype).eval(), tokenizer_of(folder)
+        return family.from_pretrained(folder, dtype=dtype).eval(), exported_tokenizer(folder)
 
 
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+def exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in an exported folder."""
     return load_tokenizer(ModelSection(path=str(folder)), TokenizerSection())
 

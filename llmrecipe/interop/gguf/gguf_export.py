@@ -35,6 +35,7 @@ from llmrecipe.interop.load_run import open_run
 from llmrecipe.interop.merged import Exported, export_merged, kept_dtype, target_folder, writing
 from llmrecipe.interop.plain_family import plain_family
 from llmrecipe.models.native.config import NativeConfig
+from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import first_line, quiet
 from llmrecipe.runs.open_model import LoadedModel
 
@@ -174,7 +175,7 @@ def _proof(
             )
     ours, theirs = verify_logits.golden_ids(tokenizer), verify_logits.golden_ids(again)
     front = ours[: len(ours) - len(theirs)] if ours[-len(theirs) :] == theirs else []
-    golden = replace(golden_answer(plain, again, front), config=beyond)
+    golden = replace(golden_answer(pretrained(plain), again, front), config=beyond)
     if not beyond:
         return difference, golden, []
     note = f"Transformers takes no {', '.join(beyond)} from a GGUF file: give it the config of the base; llama.cpp has it"

@@ -112,8 +112,14 @@ def verified(target: Path, loaded: LoadedModel, write: Callable[[Path], None], b
         verify_logits.demand(difference, "the adapter", "Export merged instead, or report this as a bug.")
         base = {key: value for key, value in saved.base["section"].items() if key != "dtype"}
         golden = golden_answer(again, loaded.tokenizer)
-        how = {"head": loaded.head, "labels": loaded.labels or [], "model": base, "quantized": loaded.quantized}
-        replace(golden, dtype=dtype_name(wide), **how).write(aside)
+        replace(
+            golden,
+            dtype=dtype_name(wide),
+            head=loaded.head,
+            labels=loaded.labels or [],
+            model=base,
+            quantized=loaded.quantized,
+        ).write(aside)
     return difference
 
 
