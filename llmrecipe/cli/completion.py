@@ -1,7 +1,7 @@
 """Completion at the prompt: recipes, dotted keys with their values, folders of runs; and how bash gets them.
 
-Bash splits a command at `=` and `:` first, so `recipe=sf` arrives as three words, and what it gets back replaces the last of them
-alone. Zsh and fish pass words as they are typed.
+Bash splits a command at `=` and `:` first, so `recipe=sf` arrives as three words, and what it gets back replaces the last of
+them alone. Zsh and fish pass words as they are typed.
 """
 
 from __future__ import annotations
