@@ -1,7 +1,7 @@
-"""CPU time of an optimizer step whose method works on weights, against full fine-tuning, by the number of micro-batches.
+"""CPU time of an optimizer step whose method works on weights, against full fine-tuning, by rows and micro-batches.
 
 Work that depends on weights only (gates of diff pruning, the sums in place of weights) is done once a step, so the ratio falls
-with micro-batches.
+with both.
 
 python -m tests.benchmarks.weight_work
 """
@@ -26,12 +26,12 @@ ROWS, TOKENS = 8, 128
 """Of a micro-batch."""
 
 
-def step(model: Any, stack: Stack, optimizer: Any, micros: int, number: int) -> float:
+def step(model: Any, stack: Stack, optimizer: Any, micros: int, number: int, rows: int = ROWS) -> float:
     """CPU seconds of one step."""
     generator = torch.Generator().manual_seed(number)
     engine = Engine(model)
     batches = [
-        pad([Sequence(torch.randint(3, 500, (TOKENS,), generator=generator).tolist(), [1] * TOKENS) for _ in range(ROWS)], 0)
+        pad([Sequence(torch.randint(3, 500, (TOKENS,), generator=generator).tolist(), [1] * TOKENS) for _ in range(rows)], 0)
         for _ in range(micros)
     ]
     started = time.process_time()
@@ -60,16 +60,17 @@ def subject(kinds: list[str]) -> tuple[Any, Stack, Any]:
 def main() -> None:
     """One JSON line a number of micro-batches; both methods take turns."""
     torch.set_num_threads(1)
-    for micros in (1, 2, 8):
+    for rows, micros in ((1, 1), (ROWS, 1), (ROWS, 2), (ROWS, 8)):
         pair = {"full": subject([]), "diff_pruning": subject(["diff_pruning"])}
         times: dict[str, list[float]] = {name: [] for name in pair}
         for number in range(3):
             for name, parts in pair.items():
-                times[name].append(step(*parts, micros, number))
+                times[name].append(step(*parts, micros, number, rows))
         best = {name: min(found[1:]) for name, found in times.items()}
         print(
             json.dumps(
                 {
+                    "rows": rows,
                     "micros": micros,
                     **{k: round(v, 3) for k, v in best.items()},
                     "ratio": round(best["diff_pruning"] / best["full"], 2),
