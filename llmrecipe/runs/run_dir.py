@@ -341,7 +341,9 @@ def _fresh(parent: Path, key: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise RunError(f"run.root: cannot create {path}: {error.strerror or error}") from error
+            raise RunError(
+                f"run.root: cannot create {path}: {error.strerror or error}; set run.root to a folder that you may write"
+            ) from error
         return path
     raise RunError(f"run.root: {parent} already contains a thousand runs of this second")
 

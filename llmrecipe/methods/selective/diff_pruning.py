@@ -35,9 +35,9 @@ class DiffPruning(GatePhase, Wrapper):
     then floor(density N), 20 bytes each. New task heads train in full, outside penalty and budget. Starts at the base model
     (w = 0). Merging is possible after phase 2. The change of phase goes through the run's rebuild; resume works in each.
 
-    Phase 1 also costs time that no number of tokens lowers: noise, gates, sum, penalty and the optimizer's pass over alpha, once
-    a step for every weight. A step of 1,024 tokens takes 1.9 times one of full fine-tuning, a step of 128 tokens 4.2 times (one
-    CPU core, float32, 1.7 M weights); with more tokens a step, in one or many micro-batches, the ratio falls towards 1.
+    Phase 1 also costs time that no number of tokens lowers: noise, gates, sum, penalty and the optimizer's pass over alpha,
+    once a step for every weight. A step of 1,024 tokens takes about 1.9 times one of full fine-tuning, a step of 128 about 4
+    times (one CPU core, float32, 1.7 M weights); with more tokens a step, in one or many micro-batches, it weighs less.
 
     With optim.lr 5e-5 the scales give the paper's rates: 1e-5 for w, 0.1 for alpha, 5e-5 in phase 3. `adaptive: false` is the
     paper's baseline: full fine-tuning in phase 1, magnitude pruning, phase 3.
