@@ -10,6 +10,7 @@ The checkpoint's generation settings are overridden, not merged: without a tempe
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -128,12 +129,15 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return cast(str, tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def prompt_and_reference(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """Return a token row's prompt and its right answer as text; of a dialogue, its last trained run and what precedes it."""
+def prompt_and_references(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str]]:
+    """Return a token row's prompt and its right answers as texts, the one that is trained first.
+
+    The answer of a dialogue is its last trained run, the prompt what precedes it.
+    """
     if "prompt_ids" in row:
         right = row["choice_ids"][: row["choice_lengths"][0]] if "choice_ids" in row else []
         answer = row.get("chosen_ids") or row.get("completion_ids") or right
-        return list(row["prompt_ids"]), decode_ids(tokenizer, answer)
+        return list(row["prompt_ids"]), [decode_ids(tokenizer, answer)]
     trained = row["trained"]
     end = len(trained) - 1
     while end >= 0 and not trained[end]:
@@ -141,4 +145,5 @@ def prompt_and_reference(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     start = end
     while start > 0 and trained[start - 1]:
         start -= 1
-    return list(row["ids"][:start]), decode_ids(tokenizer, row["ids"][start : end + 1])
+    others = [text.strip() for text in json.loads(row.get("references", "[]"))]
+    return list(row["ids"][:start]), list(dict.fromkeys([decode_ids(tokenizer, row["ids"][start : end + 1]), *others]))

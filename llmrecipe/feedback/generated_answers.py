@@ -11,7 +11,7 @@ from torch import Tensor
 from llmrecipe.core import registry
 from llmrecipe.core.forward_context import current
 from llmrecipe.engine.answer_ends import answer_ends
-from llmrecipe.engine.generation import decode_ids, generate, prompt_and_reference
+from llmrecipe.engine.generation import decode_ids, generate, prompt_and_references
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.feedback.metric import Metric
@@ -27,7 +27,7 @@ Examples = tuple[Tensor, Tensor]
 def answer_rows(
     data: Rows, roles: Roles, indices: list[int], sampling: Sampling, examples: Callable[[list[int]], Examples] | None = None
 ) -> list[dict[str, Any]]:
-    """Generate answers and return prompt, reference, generated answer and task (None where rows have none) of some rows.
+    """Generate answers and return prompt, references, generated answer and task (None where rows have none) of some rows.
 
     Args:
         examples: returns the texts from which the adapter of each of some rows is made (see `Objective.examples_of`).
@@ -43,7 +43,7 @@ def _answered(
     data: Rows, roles: Roles, indices: list[int], sampling: Sampling, examples: Examples | None = None
 ) -> list[dict[str, Any]]:
     rows = [data[i] for i in indices]
-    pairs = [prompt_and_reference(row, roles.tokenizer) for row in rows]
+    pairs = [prompt_and_references(row, roles.tokenizer) for row in rows]
     tasks = [int(row["task"]) for row in rows] if getattr(data, "tasks", None) is not None else None
     context, adapters = current(), tasks
     if examples is not None:
@@ -54,11 +54,11 @@ def _answered(
     return [
         {
             "prompt": decode_ids(roles.tokenizer, prompt),
-            "reference": reference,
+            "references": references,
             "answer": ends.text(answer),
             "task": None if tasks is None else tasks[i],
         }
-        for i, ((prompt, reference), answer) in enumerate(zip(pairs, answers, strict=True))
+        for i, ((prompt, references), answer) in enumerate(zip(pairs, answers, strict=True))
     ]
 
 
@@ -71,8 +71,8 @@ def score_answers(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Sco
     found = {}
     for name in names:
         metric = registry.load_class("metric", name, "eval.metrics")()
-        unread = [not metric.readable(r["answer"], r["reference"]) for r in rows] if metric.wants else None
-        found[name] = Scored(metric, [metric.statistics(r["answer"], r["reference"]) for r in rows], unread)
+        unread = [not metric.reads(r["answer"], r["references"]) for r in rows] if metric.wants else None
+        found[name] = Scored(metric, [metric.statistics(r["answer"], r["references"]) for r in rows], unread)
     return found
 
 

@@ -15,7 +15,10 @@ INVALID = "invalid_rate"
 
 @pydantic_dataclass(config=CONFIG, kw_only=True)
 class Metric:
-    """A score of one answer, in [0, 1] where nothing else is said; an evaluation reports the mean over rows."""
+    """A score of one answer, in [0, 1] where nothing else is said; an evaluation reports the mean over rows.
+
+    A row may have several references, each of which is a right answer: its score is then the best over them.
+    """
 
     group: ClassVar[str] = "metric"
     direction: ClassVar[Literal["min", "max"]] = "max"
@@ -40,16 +43,24 @@ class Metric:
         """
         return True
 
+    def reads(self, prediction: str, references: Sequence[str]) -> bool:
+        """Return whether an answer states what the metric wants to compare with one of the references at least."""
+        return any(self.readable(prediction, reference) for reference in references)
+
     def unfit(self, references: Sequence[str]) -> str | None:
         """Return why scores against these references mean little, as a warning; None where nothing speaks against them."""
         return None
 
-    def statistics(self, prediction: str, reference: str) -> list[float]:
-        """Return the numbers of one row, (K,), whose sums over rows `total` reads: the score and 1 for a mean over rows.
+    def statistics(self, prediction: str, references: Sequence[str]) -> list[float]:
+        """Return the numbers of one row, (K,), whose sums over rows `total` reads: its best score and 1 for a mean over rows.
 
         A score of a whole corpus (BLEU) has its own: what it counts.
+
+        Args:
+            references: the right answers of the row, at least one.
         """
-        return [self.score(prediction, reference), 1.0]
+        best = max if self.direction == "max" else min
+        return [best(self.score(prediction, reference) for reference in references), 1.0]
 
     def total(self, sums: Sequence[float]) -> float:
         """Return the score of several rows from the sums of their statistics, (K,); 0 where there are none."""

@@ -153,10 +153,11 @@ def generated(evaluation: Evaluation, data: Rows) -> tuple[list[dict[str, Any]],
         rows = answer_rows(data, roles, own, sampling, examples)
     rows = [row for part in evaluation.runtime.gather_json(rows) for row in part]
     for row in rows[: section.samples]:
-        evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=row["reference"])
+        right = row["references"][0] if len(row["references"]) == 1 else row["references"]
+        evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=right)
     scored = score_answers(rows, section.metrics)
     for name, found in scored.items():
-        if (reason := found.metric.unfit([row["reference"] for row in rows])) is not None:
+        if (reason := found.metric.unfit([text for row in rows for text in row["references"]])) is not None:
             evaluation.events.warning(f"eval.metrics: {name}: {reason}", once=True)
     return rows, scored
 

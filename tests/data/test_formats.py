@@ -72,6 +72,23 @@ def test_transcripts_stay_text_without_a_template() -> None:
     assert (row["chosen"], row["rejected"]) == (" good", " gone")
 
 
+@pytest.mark.parametrize("name", ["prompt_completion", "alpaca"])
+def test_of_several_right_answers_the_first_is_trained_and_the_others_are_kept(name: str) -> None:
+    column, rest = (
+        ("completion", {"prompt": "Name it."}) if name == "prompt_completion" else ("output", {"instruction": "Name it."})
+    )
+    form = data_format(name)
+    (row,) = form.convert({**rest, column: ["Blue.", "Azure.", "Blue."]}, Conversion("dialogue"))
+    assert (row["completion"], row["references"]) == ("Blue.", ["Azure."])
+    (row,) = form.convert({**rest, column: ["Blue.", "Azure."]}, Conversion("dialogue", wrap=True))
+    assert row["completion"] == [{"role": "assistant", "content": "Blue."}] and row["references"] == ["Azure."]
+    (row,) = form.convert({**rest, column: ["Blue."]}, Conversion("dialogue"))
+    assert row["completion"] == "Blue." and "references" not in row
+    for wrong in (["Blue.", " "], ["", "Blue."], [], [4], ["Blue.", None]):
+        with pytest.raises(BadRow):
+            form.convert({**rest, column: wrong}, Conversion("dialogue"))
+
+
 def test_alpaca_has_two_forms_and_becomes_a_conversation_where_a_template_is_named() -> None:
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
     (plain,) = data_format("alpaca").convert(row, Conversion("dialogue"))

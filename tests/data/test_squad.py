@@ -24,7 +24,8 @@ ROW: dict[str, Any] = {
 
 def test_a_row_is_a_prompt_and_its_first_span() -> None:
     (row,) = data_format("squad").convert(ROW, Conversion("dialogue"))
-    assert row == {"prompt": "The blue hen lives in Oslo.\n\nWhere does the hen live?", "completion": "Oslo"}
+    prompt = "The blue hen lives in Oslo.\n\nWhere does the hen live?"
+    assert row == {"prompt": prompt, "completion": "Oslo", "references": ["in Oslo"]}
     (spoken,) = data_format("squad").convert(ROW, Conversion("dialogue", wrap=True))
     assert spoken["prompt"][0]["role"] == "user" and spoken["completion"] == [{"role": "assistant", "content": "Oslo"}]
 

@@ -61,6 +61,8 @@ def test_super_natural_instructions() -> None:
     name, (row,) = converted(flat, "dialogue")
     assert name == "natural_instructions" and row["prompt"].startswith("Definition: Name it.\n\nNow")
     assert row["completion"] == " dry"
+    _, (row,) = converted({**flat, "targets": ["dry", "arid ", "dry"]}, "dialogue")
+    assert (row["completion"], row["references"]) == (" dry", [" arid"])
 
 
 def tasks_of(path: Path, field: str = "task") -> tuple[list[str], tuple[str, ...] | None]:

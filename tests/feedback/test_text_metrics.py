@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,8 @@ from llmrecipe.objectives.reward_interface import Answer
 from tests.trainings import events, train_recipe
 
 
-def answered(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"prompt": "", "answer": ours, "reference": theirs} for ours, theirs in pairs]
+def answered(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"prompt": "", "answer": ours, "references": [theirs]} for ours, theirs in pairs]
 
 
 def test_corpus_scores_are_sacrebleus_on_the_same_predictions() -> None:
@@ -34,6 +35,64 @@ def test_corpus_scores_are_sacrebleus_on_the_same_predictions() -> None:
     assert found["chrf"].value == pytest.approx(metrics.CHRF().corpus_score(ours, theirs).score, abs=1e-9)
     mean = sum(found["bleu"].metric.score(p, r) for p, r in pairs) / len(pairs)
     assert abs(mean - found["bleu"].value) > 1
+
+
+def several(count: int, seed: int) -> list[dict[str, Any]]:
+    """Answers with one to three right answers each, drawn from few words."""
+    chance = random.Random(seed)
+    words = ["the", "red", "hen", "sat", "in", "a", "barn", ",", "and", "it", "was", "not", "green", "."]
+
+    def text() -> str:
+        return " ".join(chance.choices(words, k=chance.randint(4, 9)))
+
+    rows = [{"prompt": "", "answer": text(), "references": [text() for _ in range(1 + n % 3)]} for n in range(count)]
+    return [*rows, {"prompt": "", "answer": "a hen", "references": ["the barn", "the hen"]}]
+
+
+def test_of_several_references_corpus_scores_are_sacrebleus() -> None:
+    """Rows may have unlike numbers of references, which sacrebleu takes as missing ones."""
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    rows = several(12, 2)
+    ours = [row["answer"] for row in rows]
+    theirs = [[row["references"][n] if n < len(row["references"]) else None for row in rows] for n in range(3)]
+    found = score_answers(rows, ["bleu", "chrf"])
+    assert found["bleu"].value == pytest.approx(metrics.BLEU().corpus_score(ours, theirs).score, abs=1e-9)
+    assert found["chrf"].value == pytest.approx(metrics.CHRF().corpus_score(ours, theirs).score, abs=1e-9)
+    first = [{**row, "references": row["references"][:1]} for row in rows]
+    alone = score_answers(first, ["bleu", "chrf"])
+    assert all(found[name].value > alone[name].value for name in found)
+
+
+def test_of_several_references_the_best_score_counts() -> None:
+    """ROUGE is rouge-score's own `score_multi`; exact match and word F1 are SQuAD's maximum over answers."""
+    rouge = pytest.importorskip("rouge_score.rouge_scorer")
+    rows = several(20, 3)
+    found = score_answers(rows, ["rouge_l", "rouge_lsum", "exact_match", "squad_match", "token_f1"])
+    for name, theirs in (("rouge_l", "rougeL"), ("rouge_lsum", "rougeLsum")):
+        scorer = rouge.RougeScorer([theirs])
+        wanted = [scorer.score_multi(row["references"], row["answer"])[theirs].fmeasure for row in rows]
+        assert [values[0] for values in found[name].rows] == pytest.approx(wanted, abs=1e-12)
+    last = {name: scored.rows[-1][0] for name, scored in found.items()}
+    assert (last["exact_match"], last["squad_match"], last["token_f1"]) == (0.0, 1.0, 1.0)
+
+
+def test_a_generated_answer_that_is_any_of_a_row_s_right_answers_counts(tmp_path: Path) -> None:
+    """The first is trained and the model has learned it; then the others alone are wrong, and all together right."""
+    lists = {"first": ["blue", "azure"], "last": ["azure", "blue"], "other": ["azure", "cyan"]}
+    for name, answers in lists.items():
+        row = json.dumps({"prompt": "Name the colour of the sky:", "completion": [f" {text}" for text in answers]}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(row * 8, encoding="utf-8")
+    found = {}
+    for name in lists:
+        words = [
+            f"data.path={tmp_path}/first.jsonl", f"data.validation={tmp_path}/{name}.jsonl", "steps=12", "batch.size=4",
+            "optim.lr=0.01", "schedule=constant", "eval.metrics=[exact_match,bleu]", "eval.max_new_tokens=4",
+            "data.max_length=64", "eval.at_start=false", "eval.samples=1", "eval.load_best=false",
+        ]  # fmt: skip
+        train_recipe(tmp_path / name, "sft_lora", *words)
+        found[name] = events(tmp_path / name, "evaluation")[-1]["eval/exact_match"]
+        assert events(tmp_path / name, "sample")[-1]["reference"] == lists[name]
+    assert found == {"first": 1.0, "last": 1.0, "other": 0.0}
 
 
 def test_rouge_l_is_the_librarys_on_the_same_predictions() -> None:

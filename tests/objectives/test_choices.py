@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmrecipe import compose
 from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.data.prepare import prepare
-from llmrecipe.engine.generation import prompt_and_reference
+from llmrecipe.engine.generation import prompt_and_references
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, ranked_texts, unlikelihood
 from llmrecipe.recipe.schema import DataSection
@@ -293,7 +293,7 @@ def test_rows_become_a_prompt_and_its_choices_the_right_one_first_and_each_once(
     assert tokenizer.decode(first["prompt_ids"], skip_special_tokens=True) == "a or bc? "
     answers = [first["choice_ids"][:cut], first["choice_ids"][cut:]]
     assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers] == ["bc", "a"]
-    assert prompt_and_reference(first, tokenizer)[1] == "bc"
+    assert prompt_and_references(first, tokenizer)[1] == ["bc"]
     other = next(row for row in rows if len(row["choice_lengths"]) == 1)
     assert tokenizer.decode(other["choice_ids"], skip_special_tokens=True) == "d"
 

@@ -175,7 +175,7 @@ def test_answers_are_generated_under_the_adapter_of_their_examples() -> None:
 def test_a_text_metric_is_also_a_mean_over_tasks() -> None:
     """Two tasks: scores 1, 0.5 and 0.5 of one, 0 of the other."""
     answers = [("a b", "a b"), ("a c", "a b"), ("c a", "a b"), ("x", "y")]
-    rows = [{"prompt": "", "answer": a, "reference": r} for a, r in answers]
+    rows = [{"prompt": "", "answer": a, "references": [r]} for a, r in answers]
     (scored,) = score_answers(rows, ["rouge_l"]).values()
     assert scored.value == pytest.approx(0.5)
     assert scored.task_mean([3, 3, 3, 7]) == pytest.approx((2 / 3 + 0) / 2)

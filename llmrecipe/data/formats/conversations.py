@@ -9,7 +9,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.cells import filled_text, optional_text, text_of
 from llmrecipe.data.formats.data_format import Conversion, Row
 from llmrecipe.data.formats.dialogues import separate, without_prompt
-from llmrecipe.data.formats.messages import Message, is_messages, messages_of, says_nothing, tools_of
+from llmrecipe.data.formats.messages import Message, is_messages, is_texts, messages_of, says_nothing, tools_of
 from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, ALPACA_PROMPT_INPUT
 
 
@@ -71,6 +71,23 @@ def prompt_answers(row: Row, answers: tuple[str, ...], conversion: Conversion) -
             "set tokenizer.chat_template=own (or a built-in one) or remove data.system"
         )
     return {**out, **template_extras(row), **({"repeated": True} if repeated else {})}
+
+
+def right_answers(row: Row, given: object, conversion: Conversion) -> Row:
+    """Return the prompt of a row with the answer that is trained: `given`, or the first of a list of texts.
+
+    The others are the row's `references`, each once: what a generated answer is compared with besides the first.
+
+    Raises:
+        BadRow: an answer is empty.
+    """
+    if not is_texts(given):
+        return prompt_answers({**row, "completion": given}, ("completion",), conversion)
+    first, *others = dict.fromkeys(given)
+    if not all(text.strip() for text in others):
+        raise BadRow("one of the right answers is empty")
+    found = prompt_answers({**row, "completion": first}, ("completion",), conversion)
+    return {**found, "references": others} if others else found
 
 
 def with_choices(row: Row, conversion: Conversion) -> Row:
@@ -184,11 +201,12 @@ def from_alpaca(row: Row, conversion: Conversion) -> list[Row]:
     Raises:
         BadRow: the instruction or the answer is empty.
     """
-    prompt, answer = alpaca_prompt(row, conversion), text_of(row, "output")
+    prompt, output = alpaca_prompt(row, conversion), row["output"]
+    answer, *others = dict.fromkeys(output) if is_texts(output) else [text_of(row, "output")]
     if conversion.rows == "prompt":
         rest = {k: v for k, v in row.items() if k not in ("instruction", "input")}
-        return [{"prompt": prompt, "columns": {"completion": row["output"], **rest}}]
-    if not str(row["output"]).strip():
+        return [{"prompt": prompt, "columns": {"completion": output, **rest}}]
+    if not all(text.strip() for text in (answer, *others)):
         raise BadRow("'output' is empty")
-    spoken = isinstance(prompt, list)
-    return [{"prompt": prompt, "completion": [{"role": "assistant", "content": answer}] if spoken else answer}]
+    made: Row = {"prompt": prompt, "completion": answer, **({"references": others} if others else {})}
+    return [{**made, "completion": [{"role": "assistant", "content": answer}]} if isinstance(prompt, list) else made]

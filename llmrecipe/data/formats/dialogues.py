@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.formats.messages import Message, is_transcript
+from llmrecipe.data.formats.messages import Message, is_texts, is_transcript
 
 REPEATED_WORDS = 3
 """Least number of words of a text prompt that is removed from the beginning of both answers of a pair by itself."""
@@ -60,7 +60,7 @@ def separate(
 
 def is_text(row: Mapping[str, Any]) -> bool:
     """Return whether a row gives its prompt and its answers as plain text, neither as messages nor as a transcript."""
-    given = [row[name] for name in TEXTS if row.get(name) is not None]
+    given = [_first(row[name]) for name in TEXTS if row.get(name) is not None]
     return bool(given) and all(isinstance(value, str) and not is_transcript(value) for value in given)
 
 
@@ -69,13 +69,18 @@ def repeats_prompts(rows: Iterable[Mapping[str, Any]]) -> bool:
     repeated: list[str] = []
     count = 0
     for row in rows:
-        answers = [row[name] for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
+        answers = [_first(row[name]) for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
         if not answers or not row.get("prompt") or not is_text(row):
             continue
         count += 1
         if all(_after(row["prompt"], answer) is not None for answer in answers):
             repeated.append(row["prompt"])
     return len(set(repeated)) >= REPEATED_PROMPTS and len(repeated) >= REPEATED_SHARE * count
+
+
+def _first(value: object) -> object:
+    """Return the first of several right answers; any other value as it is."""
+    return value[0] if is_texts(value) else value
 
 
 def without_prompt(prompt: str, answers: list[str], repeats: bool = False) -> list[str]:

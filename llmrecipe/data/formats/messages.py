@@ -90,6 +90,11 @@ def _speaks(value: object) -> bool:
     return ("role" in value and said) or ("from" in value and "value" in value)
 
 
+def is_texts(value: object) -> TypeGuard[list[str]]:
+    """Return whether an answer is given as a list of texts, each of which is right."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
 def messages_of(value: object, column: str) -> list[Message]:
     """Return a list of `{role, content}` from either spelling (`role`/`content` or `from`/`value`).
 

@@ -11,7 +11,10 @@ from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
 @register
 class Alpaca(DataFormat):
-    """Instruction, input, output."""
+    """Instruction, input, output.
+
+    `output` may be a list of right answers: the first is trained, and a generated answer is scored against all of them.
+    """
 
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("instruction", "output"),)
     optional: ClassVar[tuple[str, ...]] = ("input",)

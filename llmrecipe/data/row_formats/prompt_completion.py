@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmrecipe.core.registry import register
-from llmrecipe.data.formats.conversations import prompt_answers
+from llmrecipe.data.formats.conversations import right_answers
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
 
 @register
 class PromptCompletion(DataFormat):
-    """A prompt and its answer."""
+    """A prompt and its answer.
+
+    `completion` may be a list of right answers: the first is trained, and a generated answer is scored against all of them.
+    """
 
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "completion"),)
     becomes: ClassVar[dict[str, int]] = {"dialogue": 30}
@@ -19,4 +22,4 @@ class PromptCompletion(DataFormat):
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
         """Return prompt and answer, all text or all messages."""
-        return [prompt_answers(row, ("completion",), conversion)]
+        return [right_answers(row, row["completion"], conversion)]

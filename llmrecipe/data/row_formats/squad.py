@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from llmrecipe.core.registry import register
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.cells import filled_text
-from llmrecipe.data.formats.conversations import prompt_answers
+from llmrecipe.data.formats.conversations import prompt_answers, right_answers
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, Row
 
 
@@ -38,8 +38,9 @@ def spans_of(row: Row) -> tuple[list[str], list[int]]:
 class Squad(DataFormat):
     """A passage, a question, and the spans that answer it (SQuAD).
 
-    As prompt and completion the first span is the answer, and a question without one is dropped. Rows of prompts keep the
-    passage, the question and all spans in their columns, with the first as `answer` (empty where there is none).
+    As prompt and completion the first span is trained, a generated answer is scored against all of them, and a question without
+    one is dropped. Rows of prompts keep the passage, the question and all spans in their columns, with the first as `answer`
+    (empty where there is none).
     Source: SQuAD: 100,000+ Questions for Machine Comprehension of Text (arXiv 1606.05250).
     """
 
@@ -62,4 +63,4 @@ class Squad(DataFormat):
             return [{**prompt_answers({"prompt": prompt}, (), conversion), "columns": kept}]
         if not texts:
             raise BadRow("the question has no answer in its context")
-        return [prompt_answers({"prompt": prompt, "completion": texts[0]}, ("completion",), conversion)]
+        return [right_answers({"prompt": prompt}, texts, conversion)]

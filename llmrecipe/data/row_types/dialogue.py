@@ -16,14 +16,15 @@ from llmrecipe.data.tokenize.sequences import encode_sequences
 class Dialogue(RowType):
     """Conversations, or prompts with their answers; the mask says which tokens are targets.
 
-    Canonical row: messages, or prompt + completion, or text, or input_ids. Token row: ids, trained (+ weights, task).
-    An assistant message may have a `weight`, a row of input_ids `weights`: how much the tokens count in the loss.
+    Canonical row: messages, or prompt + completion (+ references), or text, or input_ids. Token row: ids, trained (+ weights,
+    references, task). An assistant message may have a `weight`, a row of input_ids `weights`: how much the tokens count in the
+    loss. `references` are further right answers, which generated answers are compared with (JSON text in the token row).
     """
 
     lists: ClassVar[tuple[str, ...]] = ("ids",)
     masks: ClassVar[tuple[str, ...]] = ("trained",)
     weights: ClassVar[tuple[str, ...]] = ("weights",)
-    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("task", "string"),)
+    scalars: ClassVar[tuple[tuple[str, str], ...]] = (("task", "string"), ("references", "string"))
     prompted: ClassVar[bool] = True
 
     def encode(self, encoder: Encoder, items: Sequence[Item], report: Report) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -130,9 +131,12 @@ class RowEncoder(Encoder):
                 lost.add(item.index)
                 continue
             self._note_fields(item, report)
+            references = item.row.get("references")
             for done in item.done:
                 report.kept += 1
                 done |= {"source_row": item.index, "task": item.task}
+                if references:
+                    done["references"] = json.dumps(references, ensure_ascii=False)
                 most = max((max(done[name]) for name in counted if done.get(name)), default=-1)
                 if most > report.highest:
                     report.highest, report.first[HIGHEST] = most, item.where

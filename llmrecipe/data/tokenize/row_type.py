@@ -8,7 +8,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 |---|---|---|
 | text | text, or input_ids (+ labels) | ids, trained, bytes, words |
 | structured_text | text (+ outlier) | ids, words, sentences, outlier |
-| dialogue | messages, or prompt + completion, or text, or input_ids (+ weights) | ids, trained (+ weights) |
+| dialogue | messages, prompt + completion (+ references), text or input_ids (+ weights) | ids, trained, weights, references |
 | tokens | input_ids (+ labels) | ids, trained |
 | preference | prompt, chosen, rejected (+ margin, p) | prompt_ids, chosen_ids, rejected_ids, margin, p |
 | unpaired | prompt, completion, label | prompt_ids, completion_ids, label |
@@ -27,6 +27,7 @@ that into a token row. Shapes below: every `*ids` is a list of token ids, `train
 Every token row also has `row`, its position in its data set, and `source_row`, the index of the raw row it was made from;
 dialogue and choices rows of a recipe that keeps tasks apart have `task` too: stored by name, returned as its index. `features`
 is stored as a path and returned as `data.features.table.Features`.
+`references` is JSON text: the right answers of a dialogue row besides the one that is trained, where it has several.
 `weights` has a number per token, how much it counts in the loss; a token of weight 0 is no target. A row without weights has
 none or an empty list.
 `trained[0]` is always 0: the first token of a document has nothing that predicts it, so `sum(trained)` counts targets.

@@ -14,7 +14,8 @@ class Bleu(Metric):
     """BLEU: 100 min(1, e^(1 - r/c)) exp(1/4 sum_n log p_n), p_n the share of n-grams found in the reference, by sacrebleu.
 
     Of the whole corpus: matches and lengths c (predictions) and r (references) are added up over rows first, so it is no mean
-    of the rows' scores. Tokenisation 13a, exponential smoothing where no n-gram of a length matches.
+    of the rows' scores. Tokenisation 13a, exponential smoothing where no n-gram of a length matches. Of several references of
+    a row an n-gram counts as often as in the one that has it most often, and r is the length that is nearest to c.
 
     Papers: Papineni et al. 2002; A Call for Clarity in Reporting BLEU Scores (arXiv 1804.08771).
     """
@@ -29,13 +30,13 @@ class Bleu(Metric):
 
     def score(self, prediction: str, reference: str) -> float:
         """Return the BLEU of one row."""
-        return self.total(self.statistics(prediction, reference))
+        return self.total(self.statistics(prediction, [reference]))
 
-    def statistics(self, prediction: str, reference: str) -> list[float]:
+    def statistics(self, prediction: str, references: Sequence[str]) -> list[float]:
         """Return both lengths, then matches and n-grams of each length, (10,)."""
         from sacrebleu.metrics import BLEU
 
-        found = BLEU().corpus_score([prediction], [[reference]])
+        found = BLEU().corpus_score([prediction], [[reference] for reference in references])
         return [float(v) for v in (found.sys_len, found.ref_len, *found.counts, *found.totals)]
 
     def total(self, sums: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Sequence, pad
-from llmrecipe.engine.generation import generate, prompt_and_reference, recorded_answers
+from llmrecipe.engine.generation import generate, prompt_and_references, recorded_answers
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification
@@ -36,7 +36,7 @@ class CachedGeneration(Verification):
                 bench.micros(run)
             else:
                 rows = bench.rows()
-                prompts = [list(prompt_and_reference(row, run.tokenizer)[0]) or row["ids"][:1] for row in rows]
+                prompts = [list(prompt_and_references(row, run.tokenizer)[0]) or row["ids"][:1] for row in rows]
                 tasks = [row.get("task", 0) for row in rows] if any("task" in row for row in rows) else None
                 generate(run.model, run.tokenizer, prompts, Sampling(max_new_tokens=NEW), tasks=tasks)
         if not answers:

@@ -8,7 +8,7 @@ import torch
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.answer_ends import answer_ends
-from llmrecipe.engine.generation import generate, prompt_and_reference
+from llmrecipe.engine.generation import generate, prompt_and_references
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.objectives.base import Loss
@@ -21,14 +21,14 @@ def with_answers(batch: Batch, rows: list[dict[str, Any]], roles: Roles) -> Batc
     `extra` has `answered`, the token ids of all prompts in one flat tensor, `answered_lengths` (R,), and `answered_tasks` (R,)
     where rows have tasks.
     """
-    pairs = [prompt_and_reference(row, roles.tokenizer) for row in rows]
+    pairs = [prompt_and_references(row, roles.tokenizer) for row in rows]
     extra = {
         "answered": torch.tensor([token for prompt, _ in pairs for token in prompt], dtype=torch.long),
         "answered_lengths": torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.long),
     }
     if rows and "task" in rows[0]:
         extra["answered_tasks"] = torch.tensor([int(row["task"]) for row in rows], dtype=torch.long)
-    return batch.with_extra(**extra).with_texts(tuple((reference,) for _, reference in pairs))
+    return batch.with_extra(**extra).with_texts(tuple(tuple(references) for _, references in pairs))
 
 
 def answered_rows(batch: Batch) -> int:
@@ -38,6 +38,8 @@ def answered_rows(batch: Batch) -> int:
 
 def answer_loss(batch: Batch, roles: Roles, metric: TextMetric, name: str, max_new_tokens: int) -> Loss:
     """Return sum_i |best - m_i| over the greedy answers to the rows of a batch, m_i the metric and best its better bound.
+
+    Of several references of a row the one with the best score counts.
 
     Args:
         name: of the metric, under which its mean is reported.
@@ -49,6 +51,7 @@ def answer_loss(batch: Batch, roles: Roles, metric: TextMetric, name: str, max_n
     answers = generate(roles.model, roles.tokenizer, prompts, sampling, tasks=tasks)
     ends = answer_ends(roles.model, roles.tokenizer, sampling)
     texts = zip(answers, batch.texts, strict=True)
-    scores = torch.tensor([metric.score(ends.text(ids), reference) for ids, (reference,) in texts], dtype=torch.float64)
-    best = metric.bounds[1] if metric.direction == "max" else metric.bounds[0]
+    pick, best = (max, metric.bounds[1]) if metric.direction == "max" else (min, metric.bounds[0])
+    found = [pick(metric.score(ends.text(ids), reference) for reference in references) for ids, references in texts]
+    scores = torch.tensor(found, dtype=torch.float64)
     return Loss((best - scores).abs().sum(), {name: (scores.sum(), float(len(prompts)))})
