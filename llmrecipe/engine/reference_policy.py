@@ -47,6 +47,9 @@ class ScoredObjective(Protocol):
     def reference_moves(self) -> bool:
         """Return whether the reference follows the policy."""
 
+    def compares_distributions(self) -> bool:
+        """Return whether more of the reference is read than the scores of its rows."""
+
     def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
         """Yield the batches whose reference log-probabilities the rows of one step need."""
 
@@ -73,9 +76,9 @@ def prepare_reference(objective: ScoredObjective, stack: Stack, loaded: LoadedMo
 
     Stacks that can be disabled need nothing. Of a small trained part a snapshot is kept and swapped in. Where most weights
     train, every row the run will use is scored at this point, so that there is never a second model in memory. Rows that the
-    policy will sample cannot be, so there a snapshot of all trained tensors is kept, as where the reference moves or the
-    initial values depend on data; checkpoints then hold it. Another model's scores were computed before this one was loaded
-    (see `reference_model`).
+    policy will sample cannot be, so there a snapshot of all trained tensors is kept, as where whole distributions are compared,
+    and where the reference moves or the initial values depend on data; of the latter two checkpoints hold it. Another model's
+    scores were computed before this one was loaded (see `reference_model`).
     """
     which = objective.reference_of()
     if which not in NAMED or which == "none":
@@ -111,7 +114,7 @@ def needs_snapshot(objective: ScoredObjective, stack: Stack, model: nn.Module, c
         return True
     if stack.reference_is_off() and not continued:
         return False
-    if objective.samples or stack.learns_init():
+    if objective.samples or objective.compares_distributions() or stack.learns_init():
         return True
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained <= SMALL * sum(p.numel() for p in model.parameters())

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.core.forward_context import current
+from llmrecipe.core.forward_context import activate, current
 from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.forward import Critic, Engine
-from llmrecipe.engine.logprob import Comparison
+from llmrecipe.engine.logprob import Comparison, upcast
 from llmrecipe.engine.pooling import Pool
 from llmrecipe.engine.reference_cache import ReferenceCache
 from llmrecipe.methods._base.stack import Stack
@@ -186,9 +186,26 @@ class Roles:
     def reference_tokens(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """Return the log-probabilities (N,) of the targets under the policy of step 0."""
         with self.evaluating(), self.stack.reference(self.model):
-            # With a snapshot the hooks stay enabled; disabled stacks compute under the role `reference`.
-            role = "policy" if self.stack.snapshot is not None else "reference"
-            return self.engine(batch, role=role, off=self.reference_off, temperature=temperature)["logprobs"]
+            return self.engine(batch, role=self._reference_role, off=self.reference_off, temperature=temperature)["logprobs"]
+
+    @property
+    def _reference_role(self) -> str:
+        """Return the role of a pass of the reference: with a snapshot hooks stay enabled, disabled stacks have their own."""
+        return "policy" if self.stack.snapshot is not None else "reference"
+
+    @torch.no_grad()
+    def reference_states(self, batch: Batch) -> Tensor:
+        """Return the states (N, D) that predict the targets under the policy of step 0; `reference_logits` reads them."""
+        with self.evaluating(), self.stack.reference(self.model):
+            states = self.engine(batch, want="states", role=self._reference_role, off=self.reference_off)["states"]
+        return states.reshape(-1, states.shape[-1])[batch.source]
+
+    @torch.no_grad()
+    def reference_logits(self, states: Tensor) -> Tensor:
+        """Return the logits (n, V) of states (n, D) of the policy of step 0, in float32 at least; call it in a policy pass."""
+        own = dataclasses.replace(current(), role=self._reference_role, off=self.reference_off | current().off)
+        with _EvalMode(self.engine.head), self.stack.reference(self.model), activate(own):
+            return self.engine.post(upcast(self.engine.head(states)))
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum each value over all processes."""

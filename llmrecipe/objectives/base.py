@@ -172,6 +172,10 @@ class Objective:
         """Return whether the reference follows the policy during the run, so that nothing can be scored beforehand."""
         return False
 
+    def compares_distributions(self) -> bool:
+        """Return whether it compares whole distributions with the reference's, which no stored score of a row holds."""
+        return False
+
     def reference_batches(self, rows: list[dict[str, Any]], roles: Roles) -> Iterator[Batch]:
         """Yield the batches whose reference log-probabilities the rows of one step need."""
         for part in roles.split(rows):

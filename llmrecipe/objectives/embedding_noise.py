@@ -6,6 +6,7 @@ Letters: R rows, T columns, S sequences, L tokens of a sequence, D width of the 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,12 @@ def with_uniform_noise(batch: Batch, draws: Tensor, roles: Roles, alpha: float) 
             found[place, : len(one)] = one
         added["encoder_noise"] = found
     return batch.with_extra(**added)
+
+
+def without_noise(batch: Batch) -> Batch:
+    """Return the batch as the model reads it without noise."""
+    noise = ("embedding_noise", "encoder_noise")
+    return replace(batch, extra={name: value for name, value in batch.extra.items() if name not in noise})
 
 
 def _lengths(batch: Batch) -> list[int]:

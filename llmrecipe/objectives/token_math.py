@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch, Sequence, pad
-from llmrecipe.engine.logprob import NOTHING
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures
 from llmrecipe.objectives.examples import padded_on_host
@@ -129,21 +128,6 @@ def token_loss(batch: Batch, roles: Roles, kind: str = "nll", z_loss: float = 0.
     penalty = out["normalizer"].square().sum()
     squares = {"log_z_squared": (penalty.detach(), float(logprobs.numel()))}
     return Loss(loss.total, loss.metrics | squares, auxiliary=z_loss * penalty)
-
-
-def smoothed_loss(batch: Batch, roles: Roles, smoothing: float) -> Loss:
-    """Compute the summed loss with the share `smoothing` of each target spread over the vocabulary, metrics as `token_loss`."""
-
-    def compare(z: Tensor, rows: slice) -> dict[str, Tensor]:
-        y, log_p = batch.target[rows], z.log_softmax(-1)
-        own = log_p.gather(-1, y[:, None]).squeeze(-1)
-        return {"logprobs": own, "uniform": log_p.mean(-1), "correct": (z.detach().argmax(-1) == y).float()}
-
-    out = roles.policy(batch, compare=compare)
-    if NOTHING in out:
-        return Loss(out[NOTHING].sum(), dict.fromkeys(TOKEN_METRICS, (0.0, 0.0)))
-    total = negative_log_likelihood(out["logprobs"], smoothing, out["uniform"], batch.extra.get("weights"))
-    return Loss(total, token_metrics(out))
 
 
 def target_weights(rows: list[dict[str, Any]]) -> Tensor | None:

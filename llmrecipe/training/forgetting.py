@@ -76,14 +76,15 @@ def report_overlap(run: RunState, sets: Mapping[str, TokenData]) -> None:
 def score_after(run: RunState) -> dict[str, float]:
     """Return what was forgotten of each general set, `forget/NAME` and their mean, with intervals, in nats per token.
 
-    Where the weights of the base are as they were, `forget/kl` is KL(before || after) of a token, the mean over sets.
+    Where the model of step 0 can still be asked, because the weights of the base are as they were or a copy of what trains is
+    kept (`objective.kl_to_base`), `forget/kl` is KL(before || after) of a token, the mean over sets.
 
     Raises:
         RunError: a set has other rows than before.
     """
     sets = run.general
     metrics = _compared(run, sets, run.recipe.eval.bootstrap)
-    if metrics and base_is_frozen(run.stack):
+    if metrics and (base_is_frozen(run.stack) or run.stack.snapshot is not None):
         apart = [_mean(np.array(row_divergences(run, rows))) for rows in sets.values()]
         metrics["forget/kl"] = float(np.mean(apart))
     if metrics:
@@ -190,9 +191,9 @@ def row_losses(run: RunState, rows: TokenData, base: bool = False) -> Sums:
 
 @torch.no_grad()
 def row_divergences(run: RunState, rows: TokenData) -> Sums:
-    """Return the summed KL(base || model) over the next token and the number of targets of each row, as `row_losses`.
+    """Return the summed KL(before || model) over the next token and the number of targets of each row, as `row_losses`.
 
-    Compared are the base's `KEPT` likeliest tokens and all others as one class, which bounds the divergence from below.
+    Compared are the `KEPT` likeliest tokens before and all others as one class, which bounds the divergence from below.
     """
 
     def top(z: Tensor, rows: slice) -> dict[str, Tensor]:
@@ -200,7 +201,11 @@ def row_divergences(run: RunState, rows: TokenData) -> Sums:
         return {"values": values, "ids": ids}
 
     def apart(batch: Batch) -> Tensor:
-        kept = run.roles.engine(batch, off=added(run), compare=top)
+        if base_is_frozen(run.stack):
+            kept = run.roles.engine(batch, off=added(run), compare=top)
+        else:
+            with run.stack.reference(run.model):
+                kept = run.roles.engine(batch, compare=top)
         if NOTHING in kept:
             return kept[NOTHING]
 

@@ -14,9 +14,11 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.embedding_noise import noise_draws, with_uniform_noise
 from llmrecipe.objectives.finetuning._engines.answer_metric import answer_loss, answered_rows, with_answers
+from llmrecipe.objectives.finetuning._engines.compared_tokens import compared_loss
 from llmrecipe.objectives.text_metric import TextMetric, metric_class
-from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, smoothed_loss, target_weights, token_loss
+from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, target_weights, token_loss
 from llmrecipe.objectives.unused_options import refuse_unused
+from llmrecipe.recipe.sharding_rules import GATHERED
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import SplitRows
@@ -47,6 +49,11 @@ class Sft(Objective):
     and D the width; an encoder's rows have their own. It depends on seed, epoch and row alone. Evaluations, calibration and
     generation are without it. Departure: the reference code takes the padded length of the batch for L.
 
+    `kl_to_base` c adds c (1/N) sum w_t KL(p_0(. | y_<t, x) || p(. | y_<t, x)), p_0 the model the run starts from, so that less
+    of what it could do is lost. p_0 is the model without the stack where that starts at it, else the tensors that train are
+    kept twice. It reads the same tokens without noise and dropout, one more pass without gradients; the mean is reported as
+    `kl_to_base` and is no part of the loss.
+
     Papers: Training language models to follow instructions (arXiv 2203.02155); FLAN (arXiv 2109.01652); DFT (arXiv 2508.05629);
     NEFTune (arXiv 2310.05914).
     """
@@ -73,6 +80,8 @@ class Sft(Objective):
     """Share of each target spread over the vocabulary."""
     neftune_alpha: NonNegativeFloat = 0.0
     """Size of NEFTune's noise, 5 to 15 in the paper; 0: none."""
+    kl_to_base: NonNegativeFloat = 0.0
+    """Weight of the divergence from the model the run starts from, in nats a token; 0: none."""
 
     def loss_mask(self) -> str:
         """Train on what the option says."""
@@ -87,15 +96,29 @@ class Sft(Objective):
         return self.loss_type == "metric"
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse options that the kind of loss does not read, a metric that is not there, and rows without prompts for it.
+        """Refuse options that the kind of loss does not read, a metric or a base that is not there, and rows without prompts.
 
         Raises:
             RecipeError: naming the option.
         """
+        if self.kl_to_base and recipe.model.init == "random":
+            raise RecipeError(
+                "objective.kl_to_base: with model.init=random the run starts from fresh weights, whose answers are worth "
+                "nothing; leave it out"
+            )
+        if self.kl_to_base and recipe.runtime.shard in GATHERED:
+            raise RecipeError(
+                "objective.kl_to_base: the model of step 0 has not been shown to answer under runtime.shard="
+                f"{recipe.runtime.shard}; use zero1, or leave it out"
+            )
         if self.label_smoothing and self.loss_type != "nll":
             raise RecipeError(f"objective.label_smoothing: belongs to loss_type=nll; with {self.loss_type} leave it out")
         likelihoods, answers = ("nll", "dft"), ("metric",)
-        refuse_unused(self, "loss_type", {"metric": answers, "max_new_tokens": answers, "neftune_alpha": likelihoods})
+        refuse_unused(
+            self,
+            "loss_type",
+            {"metric": answers, "max_new_tokens": answers, "neftune_alpha": likelihoods, "kl_to_base": likelihoods},
+        )
         if self.loss_type != "metric":
             return
         if self.mask == "all":
@@ -108,6 +131,14 @@ class Sft(Objective):
     def scorer(self) -> TextMetric:
         """Hold the metric of the answers."""
         return metric_class(self.metric, "objective.metric")()  # type: ignore[no-any-return]
+
+    def reference_of(self) -> str:
+        """Return the model of step 0 where the loss holds to it."""
+        return "initial" if self.kl_to_base else "none"
+
+    def compares_distributions(self) -> bool:
+        """Return whether the loss holds to the model of step 0."""
+        return self.kl_to_base > 0
 
     def measures(self) -> Measures:
         """Return the metrics of the supervised tokens."""
@@ -142,8 +173,8 @@ class Sft(Objective):
         """Return the summed loss of the supervised tokens, or of the answers."""
         if self.loss_type == "metric":
             return answer_loss(batch, roles, self.scorer, self.metric, self.max_new_tokens)
-        if self.label_smoothing:
-            return smoothed_loss(batch, roles, self.label_smoothing)
+        if self.label_smoothing or self.kl_to_base:
+            return compared_loss(batch, roles, self.loss_type, self.label_smoothing, self.kl_to_base)
         return token_loss(batch, roles, self.loss_type)
 
     def evaluate(self, batch: Batch, roles: Roles) -> dict[str, tuple[Any, float]]:
