@@ -30,7 +30,7 @@ from torch import Tensor
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
 from llmrecipe.data.collate import Sequence as Tokens
-from llmrecipe.engine.answer_ends import end_tokens
+from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.generation import decode_ids, generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.evaluate_model import Subject
@@ -57,6 +57,8 @@ class HeadToHeadConfig:
     limit: int | None
     seed: int
     where: str = "reward"
+    stop: tuple[str, ...] = ()
+    """Texts before which an answer ends."""
 
 
 class HeadToHead:
@@ -89,13 +91,13 @@ class HeadToHead:
         """Sample n answers to each prompt, adjacent, at temperature 1."""
         model, tokenizer = subject.roles.model, subject.loaded.tokenizer
         requested = [row for row in self.prompts for _ in range(self.config.n)]
-        sampling = Sampling(self.config.max_new_tokens, temperature=1.0, batch=64, seed=self.config.seed)
-        ends = end_tokens(model, tokenizer)
+        sampling = Sampling(self.config.max_new_tokens, temperature=1.0, batch=64, seed=self.config.seed, stop=self.config.stop)
+        ends = answer_ends(model, tokenizer, sampling)
         new = generate(model, tokenizer, [row["prompt_ids"] for row in requested], sampling)
         return [
             Answer(
-                decode_ids(tokenizer, row["prompt_ids"]), decode_ids(tokenizer, ids), json.loads(row.get("columns") or "{}"),
-                row["prompt_ids"], ids, bool(ids) and ids[-1] in ends,
+                decode_ids(tokenizer, row["prompt_ids"]), ends.text(ids), json.loads(row.get("columns") or "{}"),
+                row["prompt_ids"], ids, ends.finished(ids),
             )
             for row, ids in zip(requested, new, strict=True)
         ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -62,6 +63,17 @@ def test_divergence_is_the_mean_over_answers_of_its_unbiased_estimate(pairing: H
     found = pairing.measure(other)
     assert wanted > 0.05 and found["kl"] == pytest.approx(wanted / 10, rel=1e-4)
     assert found["length"] == sum(len(a.ids) for a in answers) / 10
+
+
+def test_answers_end_before_a_stop_text(pairing: HeadToHead) -> None:
+    """The same draws, cut: text up to the stop text, tokens up to the one that completes it, ended by themselves."""
+    whole = pairing.answers
+    stop = whole[0].text.split()[2]
+    cut = HeadToHead(pairing.base, dataclasses.replace(CONFIG, pairs=None, stop=(stop,))).answers
+    assert any(stop in a.text for a in whole) and not any(stop in a.text for a in cut)
+    for one, other in zip(cut, whole, strict=True):
+        assert one.text == other.text.partition(stop)[0].strip() and one.ids == other.ids[: len(one.ids)]
+        assert one.finished if stop in other.text else one.finished == other.finished
 
 
 def test_rewards_are_the_rule_s_and_gain_is_over_the_start(pairing: HeadToHead, other: Subject) -> None:

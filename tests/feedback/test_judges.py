@@ -83,6 +83,20 @@ def test_contract_texts(judge: Judge) -> None:
     assert judge.generate([revise(BAD)]) == [GOOD]
 
 
+def test_contract_stop_texts(judge: Judge) -> None:
+    """A text ends before the first of them: a model's is cut, a server is asked to cut, a rule writes none of its own."""
+    kind = judge.identity.partition(":")[0]
+    if kind == "rule":
+        pytest.skip("a rule has no stop texts")
+    with server((200, chat)) as (url, asked):
+        own = {"local": {"path": "tiny"}, "http": {"url": url, "model": "judge"}}[kind]
+        stopped = build_judge({"kind": kind, **own, "stop": [" and"]}, "judge")
+        stopped.open()
+        (text,) = stopped.generate([revise(BAD)])
+        assert asked[0]["body"]["stop"] == [" and"] if kind == "http" else text == GOOD.partition(" and")[0] != GOOD
+    assert stopped.identity != build_judge({"kind": kind, **own}, "judge").identity
+
+
 def test_contract_memory(judge: Judge) -> None:
     """The same question is put once, also inside a call; a memory handed on asks nothing at all."""
     memory = Forgetful()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,8 @@ def low_tokens(text: str, answer: Answer) -> float:
 
 class Numbers(Tokenizer):
     """Token ids as text."""
+
+    all_special_tokens: ClassVar[list[str]] = ["<pad>", "<bos>", "<eos>", "<mask>"]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return " ".join(str(i) for i in ids if i > 2 or not skip_special_tokens)

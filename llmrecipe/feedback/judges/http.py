@@ -12,7 +12,7 @@ from typing import Any, cast
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.foreign import parse_json
 from llmrecipe.core.http_client import Client, Refused, Unreadable, check_address
-from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StopText
 from llmrecipe.core.redact import variable_of
 from llmrecipe.core.registry import register
 from llmrecipe.feedback.judges.choice import Open, Path, Reading, read_paths
@@ -66,6 +66,8 @@ class Http(Judge):
     """Of texts; votes are drawn at 1."""
     max_new_tokens: PositiveInt = 256
     """Of texts."""
+    stop: list[StopText] = Field(default_factory=list)
+    """Before which texts end."""
     concurrency: PositiveInt = 8
     """Requests under way at once."""
     per_minute: PositiveInt | None = None
@@ -110,13 +112,17 @@ class Http(Judge):
     def identity(self) -> str:
         """Return the model's name and a digest of everything its replies depend on."""
         options = [self.choices, self.top_logprobs, self.votes, self.temperature, self.max_new_tokens]
+        options += [self.stop] if self.stop else []
         return f"http:{self.model}:{short_hash(self.client.clean(self.url), self.model, *options)}"
 
     def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Yield one completion for each request."""
 
+        settings = {"max_tokens": self.max_new_tokens, "temperature": self.temperature}
+        settings |= {"stop": self.stop} if self.stop else {}
+
         def one(ask: Ask) -> str | None:
-            reply = self._ask(ask, {"max_tokens": self.max_new_tokens, "temperature": self.temperature})
+            reply = self._ask(ask, settings)
             return None if reply is None else _text(reply)
 
         yield from self._all(one, requests)

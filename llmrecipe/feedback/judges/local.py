@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError, UserError
 from llmrecipe.core.forward_context import Context
-from llmrecipe.core.option_types import Literal, NonNegativeFloat, NonNegativeInt, PositiveInt
+from llmrecipe.core.option_types import Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveInt, StopText
 from llmrecipe.core.registry import register
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.feedback.judges.choice import Leads, read_paths
@@ -62,6 +62,8 @@ class Local(Judge):
     """Of texts; 0 is greedy."""
     max_new_tokens: PositiveInt = 128
     """Of texts."""
+    stop: list[StopText] = Field(default_factory=list)
+    """Before which texts end."""
     batch: PositiveInt = 32
     """Questions answered at once."""
     seed: NonNegativeInt = 0
@@ -108,7 +110,15 @@ class Local(Judge):
         """Return the model's name and a digest of its files and of everything its replies depend on."""
         weights = content_key({"model": {"path": self.path}}, {})
         name = self.path.rstrip("/").rpartition("/")[2] or "policy"
-        return f"local:{name}:{short_hash(weights, self.base, self.dtype, self.temperature, self.max_new_tokens, self.seed)}"
+        settings = [
+            self.base,
+            self.dtype,
+            self.temperature,
+            self.max_new_tokens,
+            self.seed,
+            *([self.stop] if self.stop else []),
+        ]
+        return f"local:{name}:{short_hash(weights, *settings)}"
 
     def open(self, roles: Roles | None = None) -> None:
         """Remember the model in training where it is the judge.
@@ -131,10 +141,12 @@ class Local(Judge):
 
     def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Generate a continuation of each request."""
-        from llmrecipe.engine.generation import decode_ids, generate
+        from llmrecipe.engine.answer_ends import answer_ends
+        from llmrecipe.engine.generation import generate
         from llmrecipe.engine.sampling import Sampling
 
-        sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=self.seed)
+        sampling = Sampling(self.max_new_tokens, self.temperature, batch=self.batch, seed=self.seed, stop=tuple(self.stop))
+        ends = answer_ends(self.roles.model, self.roles.tokenizer, sampling)
         for first, part in chunks(requests, WAITING * self.batch):
             prompts = [self._ids(ask) for ask in part]
             with self._as_judge() as off:
@@ -142,7 +154,7 @@ class Local(Judge):
                 keys = [ask.key("", "") for ask in part]
                 new = generate(self.roles.model, self.roles.tokenizer, prompts, sampling, self._context(off), keys=keys)
             for offset, ids in enumerate(new):
-                yield first + offset, decode_ids(self.roles.tokenizer, ids)
+                yield first + offset, ends.text(ids)
 
     def choose(self, requests: Sequence[Ask], options: Sequence[str]) -> Iterator[tuple[int, Choice | None]]:
         """Yield the summed probabilities of the options' spellings."""

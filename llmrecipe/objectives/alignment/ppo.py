@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.option_types import Field, Fraction, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import (
+    Field,
+    Fraction,
+    Literal,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StopText,
+)
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.forward import Critic
@@ -96,6 +105,8 @@ class Ppo(Sampled, Objective):
     """Divides the logits when sampling, and in every log-probability."""
     max_new_tokens: PositiveInt = 64
     """Maximum number of tokens of an answer."""
+    stop: list[StopText] = Field(default_factory=list)
+    """Texts before which an answer ends; its tokens up to the end of one are trained, its text has none."""
     epochs: PositiveInt = 4
     """Passes over each rollout."""
     minibatches: PositiveInt = 1

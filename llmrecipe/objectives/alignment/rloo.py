@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.option_types import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StopText
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
@@ -57,6 +57,8 @@ class Rloo(Sampled, Objective):
     """Divides the logits when sampling, and in every log-probability."""
     max_new_tokens: PositiveInt = 64
     """Maximum number of tokens of an answer."""
+    stop: list[StopText] = Field(default_factory=list)
+    """Texts before which an answer ends; its tokens up to the end of one are trained, its text has none."""
     beta: NonNegativeFloat = 0.05
     """Weight of the divergence from the policy of step 0; 0 needs no reference."""
     epochs: PositiveInt = 1

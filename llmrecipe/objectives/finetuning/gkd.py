@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.foreign import stored_count
-from llmrecipe.core.option_types import Fraction, Literal, NonNegativeInt, PositiveFloat, PositiveInt
+from llmrecipe.core.option_types import Field, Fraction, Literal, NonNegativeInt, PositiveFloat, PositiveInt, StopText
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
+from llmrecipe.engine.answer_ends import AnswerEnds, answer_ends
 from llmrecipe.engine.generation import decode_ids, generate
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling, stream
@@ -51,6 +52,8 @@ class Gkd(Distilled, Objective):
     """Divides the logits when sampling."""
     max_new_tokens: PositiveInt = 64
     """Maximum number of tokens of an answer."""
+    stop: list[StopText] = Field(default_factory=list)
+    """Texts before which an answer ends; its tokens up to the end of one are trained, its text has none."""
     generation_batch: PositiveInt = 64
     """Answers generated at once."""
     show: NonNegativeInt = 2
@@ -86,7 +89,9 @@ class Gkd(Distilled, Objective):
         if who == "rows" or not rows:
             return rows
         prompts = [row["ids"][: _prompt(row)] for row in rows]
-        sampling = Sampling(self.max_new_tokens, self.sample_temperature, batch=self.generation_batch, seed=roles.seed)
+        sampling = Sampling(
+            self.max_new_tokens, self.sample_temperature, batch=self.generation_batch, seed=roles.seed, stop=tuple(self.stop)
+        )
         keys = [f"{step}/{row['row']}" for row in rows]
         if who == "student":
             answers = generate(roles.model, roles.tokenizer, prompts, sampling, keys=keys)
@@ -94,17 +99,17 @@ class Gkd(Distilled, Objective):
             teacher = self.teacher_of(roles)
             assert isinstance(teacher, Teacher), "the check refuses a server"
             answers = generate(teacher.model, teacher.tokenizer, prompts, sampling, keys=keys)
-        self._show(prompts, answers, roles)
+        self._show(prompts, answers, answer_ends(roles.model, roles.tokenizer, sampling), roles)
         return [
             {**row, "ids": [*prompt, *answer], "trained": [0] * len(prompt) + [1] * len(answer)}
             for row, prompt, answer in zip(rows, prompts, answers, strict=True)
         ]
 
-    def _show(self, prompts: list[list[int]], answers: list[list[int]], roles: Roles) -> None:
+    def _show(self, prompts: list[list[int]], answers: list[list[int]], ends: AnswerEnds, roles: Roles) -> None:
         if roles.events is None:
             return
         for prompt, answer in list(zip(prompts, answers, strict=True))[: self.show]:
-            texts = decode_ids(roles.tokenizer, prompt), decode_ids(roles.tokenizer, answer)
+            texts = decode_ids(roles.tokenizer, prompt), ends.text(answer)
             roles.events.sample(step=roles.events.last_step, prompt=texts[0], answer=texts[1])
 
     def state(self) -> dict[str, Any]:

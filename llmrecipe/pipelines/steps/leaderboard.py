@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
-from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt
+from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt, StopText
 from llmrecipe.core.registry import register
 from llmrecipe.evaluation.leaderboard_plot import draw_parts, draw_plot
 from llmrecipe.evaluation.leaderboard_table import (
@@ -98,6 +98,8 @@ class Leaderboard(Step):
     """With `against`: answers to each prompt."""
     max_new_tokens: PositiveInt = 32
     """With `against`: longest answer in tokens."""
+    stop: list[StopText] = Field(default_factory=list)
+    """With `against`: texts before which an answer ends."""
     max_length: PositiveInt = 256
     """With `against`: longest prompt, and longest pair, in tokens."""
     words: list[str] = Field(default_factory=list)
@@ -246,8 +248,9 @@ class Leaderboard(Step):
 
         assert self.against is not None and self.prompts is not None
         config = HeadToHeadConfig(
-            self.prompts, self.pairs, self.reward, self.n, self.max_new_tokens, self.max_length, self.split, self.limit, seed
-        )
+            self.prompts, self.pairs, self.reward, self.n, self.max_new_tokens, self.max_length, self.split, self.limit, seed,
+            stop=tuple(self.stop),
+        )  # fmt: skip
         return HeadToHead(open_subject(self.against, self.words), config)
 
     def _facts(self, referee: HeadToHead, path: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmrecipe.core.foreign import stored_count
 from llmrecipe.data.collate import Batch, Sequence
-from llmrecipe.engine.answer_ends import end_tokens
+from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.forward import Critic
 from llmrecipe.engine.generation import decode_ids, generate
 from llmrecipe.engine.role_models import Roles
@@ -68,6 +68,8 @@ class RolloutPlan:
     temperature: float
     """Temperature of the sampling and of every log-probability."""
     max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """Texts before which an answer ends."""
     answers: int = 1
     """Answers sampled for each prompt."""
     epochs: int = 1
@@ -120,14 +122,15 @@ class Rollouts:
         prompts = [row["prompt_ids"] for row in rows for _ in range(repeats)]
         # Held-out answers depend on their rows alone: any number of processes and any batching samples the same ones.
         keys = [row["row"] for row in rows] if held_out else None
-        answers = generate(roles.model, roles.tokenizer, prompts, self._sampling(held_out, roles), keys=keys)
-        ends = set(end_tokens(roles.model, roles.tokenizer))
+        sampling = self._sampling(held_out, roles)
+        answers = generate(roles.model, roles.tokenizer, prompts, sampling, keys=keys)
+        ends = answer_ends(roles.model, roles.tokenizer, sampling)
         samples = []
         for index, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
             row = rows[index // repeats]
             columns = json.loads(row.get("columns") or "{}")
-            texts = decode_ids(roles.tokenizer, prompt), decode_ids(roles.tokenizer, ids)
-            answer = Answer(*texts, columns, prompt, ids, bool(ids) and ids[-1] in ends)
+            texts = decode_ids(roles.tokenizer, prompt), ends.text(ids)
+            answer = Answer(*texts, columns, prompt, ids, ends.finished(ids))
             samples.append(Sample(row["row"], answer, place=index // repeats))
         self._score(samples, roles)
         if not held_out:
@@ -139,10 +142,10 @@ class Rollouts:
         if held_out:
             other = plan.held_out_temperature
             temperature = plan.temperature if other is None else other
-            return Sampling(plan.max_new_tokens, temperature, batch=plan.generation_batch, seed=EVALUATION_SEED)
+            return Sampling(plan.max_new_tokens, temperature, batch=plan.generation_batch, seed=EVALUATION_SEED, stop=plan.stop)
         # One number of the run's random state per rollout; each process samples from its own stream.
         seed = int(torch.randint(2**31, (1,))) + (roles.runtime.rank if roles.runtime is not None else 0)
-        return Sampling(plan.max_new_tokens, plan.temperature, batch=plan.generation_batch, seed=seed)
+        return Sampling(plan.max_new_tokens, plan.temperature, batch=plan.generation_batch, seed=seed, stop=plan.stop)
 
     def _score(self, samples: list[Sample], roles: Roles) -> None:
         with torch.random.fork_rng():

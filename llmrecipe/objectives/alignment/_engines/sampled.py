@@ -34,6 +34,7 @@ class Sampled:
         reward: dict[str, Any]
         temperature: float
         max_new_tokens: int
+        stop: list[str]
         epochs: int
         minibatches: int
         beta: float
@@ -47,6 +48,7 @@ class Sampled:
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
+            "stop": tuple(self.stop),
             "epochs": self.epochs,
             "minibatches": self.minibatches,
             "reference": self.beta > 0,
