@@ -30,7 +30,7 @@ def compared_loss(batch: Batch, roles: Roles, kind: str, smoothing: float, stren
     Args:
         kind: `nll` or `dft`.
         smoothing: share of each target that is spread over the vocabulary, of `nll`.
-        strength: weight of the divergence; 0: the model of step 0 is not asked.
+        strength: weight of the divergence; 0: the model of step 0 is not evaluated.
     """
     base = roles.reference_states(without_noise(batch)) if strength else None
 
