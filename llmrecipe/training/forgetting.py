@@ -76,8 +76,8 @@ def report_overlap(run: RunState, sets: Mapping[str, TokenData]) -> None:
 def score_after(run: RunState) -> dict[str, float]:
     """Return what was forgotten of each general set, `forget/NAME` and their mean, with intervals, in nats per token.
 
-    Where the model of step 0 can still be evaluated, because the weights of the base are as they were or a copy of what trains is
-    kept (`objective.kl_to_base`), `forget/kl` is KL(before || after) of a token, the mean over sets.
+    Where the model of step 0 is still there, the weights of the base being as they were or a copy of what trains being kept
+    (`objective.kl_to_base`), `forget/kl` is KL(before || after) of a token, the mean over sets.
 
     Raises:
         RunError: a set has other rows than before.

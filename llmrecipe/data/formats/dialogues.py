@@ -69,7 +69,7 @@ def repeats_prompts(rows: Iterable[Mapping[str, Any]]) -> bool:
     repeated: list[str] = []
     count = 0
     for row in rows:
-        answers = [_first(row[name]) for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
+        answers: list[Any] = [_first(row[name]) for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
         if not answers or not row.get("prompt") or not is_text(row):
             continue
         count += 1
