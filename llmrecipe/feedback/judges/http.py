@@ -111,14 +111,14 @@ class Http(Judge):
     @property
     def identity(self) -> str:
         """Return the model's name and a digest of everything its replies depend on."""
-        options = [self.choices, self.top_logprobs, self.votes, self.temperature, self.max_new_tokens]
+        options: list[object] = [self.choices, self.top_logprobs, self.votes, self.temperature, self.max_new_tokens]
         options += [self.stop] if self.stop else []
         return f"http:{self.model}:{short_hash(self.client.clean(self.url), self.model, *options)}"
 
     def write(self, requests: Sequence[Ask]) -> Iterator[tuple[int, str | None]]:
         """Yield one completion for each request."""
 
-        settings = {"max_tokens": self.max_new_tokens, "temperature": self.temperature}
+        settings: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": self.temperature}
         settings |= {"stop": self.stop} if self.stop else {}
 
         def one(ask: Ask) -> str | None:
