@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch
+from llmrecipe.recipe.validate import instantiate
 from llmrecipe.training.train import train
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def short_words(composition: Composition, folder: Path) -> list[str]:
         words += [f"batch.warmup.start={start}", f"batch.warmup.batches={STEPS}", "batch.warmup.increment=1"]
     if not recipe.data.streaming:
         words.append(f"data.limit={min(recipe.data.limit or 256, 256)}")
-    longest = recipe.objective.get("max_new_tokens")
-    if isinstance(longest, int) and longest > 12:
+    if recipe.objective.get("max_new_tokens", 0) > 12 and instantiate(recipe).objective.generates():
         words.append("objective.max_new_tokens=12")
     return words
 
