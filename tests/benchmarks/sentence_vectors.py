@@ -6,8 +6,9 @@ MODEL is a folder of a sentence-transformers encoder with mean pooling. For each
 over the real tokens of a text, cut at the same length, divided by their Euclidean norm; the regression is scikit-learn's on all
 training rows, with the inverse strength C of its penalty that is most accurate over five folds of them.
 `recipe=classify` trains on 90 % of these rows, and the other 10 % choose the epoch; settings are those of `SETTINGS` for every
-set and seed, chosen on such a tenth with another seed (full fine-tuning at 5e-5 and 1e-4, LoRA at 1e-3). Both are scored once on the test rows. Finished runs in the folder of runs are read, not trained again. Results go
-to tests/benchmarks/results/sentence_vectors.md.
+set and seed, chosen on such a tenth with another seed (full fine-tuning at 5e-5 and 1e-4, LoRA at 1e-3). Both are scored once
+on the test rows. Finished runs in the folder of runs are read, not trained again. Results go to
+tests/benchmarks/results/sentence_vectors.md.
 """
 
 from __future__ import annotations
