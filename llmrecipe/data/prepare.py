@@ -90,6 +90,10 @@ def prepare(
     if data.streaming and row_type(rows).reads_files:
         raise DataError("data.streaming: the files that rows name are prepared beforehand, so these rows cannot be streamed")
     if data.streaming and split == "train":
+        if data.control:
+            raise DataError(
+                "data.control: the other rows of a stream are not known, so none can have their values; set streaming: false"
+            )
         if data.shares == "tokens":
             raise DataError("data.shares: the tokens of rows that are streamed are not known beforehand; use shares: rows")
         return _streamed(data, tokenizer, rows, mask, seed, tasks, needs)

@@ -84,6 +84,7 @@ def build_table(
             **({"task": [task_field, part.reader.sources()]} if task_field else {}),
             **({"plugins": plugged} if plugged else {}),
             **({"needs": dict(needs)} if needs else {}),
+            **({"control": part.control} if part.control else {}),
         }
     )
     folder = table_folder(key) if data.cache else None
@@ -155,6 +156,8 @@ def source_layout(part: Part, data: DataSection, rows: str) -> detect.DetectedFo
     if not first:
         raise DataError(f"{name}: there are no rows")
     raw = [row for _, row in first]
+    if part.controlled is not None:
+        part.controlled.check(raw)
     detect.check_mapping(data.columns, raw[0], name, rows)
     mapped = [detect.map_columns(row, data.columns, sample=True) for row in raw]
     return detect.detect(mapped, rows, data.format, name, data.columns, raw)
@@ -210,8 +213,7 @@ def _drawn(encoder: RowEncoder, part: Part, draw: Draw) -> Iterator[Encoded]:
 def encode_range(encoder: RowEncoder, part: Part, indices: Sequence[int] | range) -> Encoded:
     """Encode the rows at these indices that belong to the split."""
     reader = part.reader
-    chosen = ((i, row) for i, row in zip(indices, reader.rows(indices)) if part.chosen(row))
-    raw = ((i, encoder.with_task(row, reader, i), reader.where(i)) for i, row in chosen)
+    raw = ((i, encoder.with_task(row, reader, i), reader.where(i)) for i, row in part.rows(indices))
     columns, report = encoder.encode(raw)
     report.template = encoder.describe()
     return to_batch(columns, schema_of(encoder.kind)), report

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.figures import new_figure
-from llmrecipe.evaluation.leaderboard_table import FULL, Column, LeaderboardRow
+from llmrecipe.evaluation.leaderboard_labels import FULL
+from llmrecipe.evaluation.leaderboard_table import Column, LeaderboardRow
 
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#57606a", "#0598bc", "#bf3989")
 STACKED = 0.035

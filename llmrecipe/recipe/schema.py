@@ -168,6 +168,11 @@ class DataSection(Section):
         "auto", description="Row format; `auto` detects and prints it.", json_schema_extra=registered("format", "auto")
     )
     columns: dict[str, str] = Field(default_factory=dict, description="Mapping wanted column -> column in the file.")
+    control: dict[str, Literal["rows", "words"]] = Field(
+        default_factory=dict,
+        description="For a control run, in which training rows teach nothing: column of the file -> `rows` (each row has the "
+        "value of another row) or `words` (each word of a text comes from another row). Validation and test stay as they are.",
+    )
     validation: str | Share | None = Field(None, description="File or share of the training rows; default: the folder's own.")
     test: str | Share | None = Field(None, description="Like validation; read once, after training.")
     max_length: PositiveInt = Field(1024, description="Longest row in tokens.")

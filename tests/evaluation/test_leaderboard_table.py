@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.core.errors import RunError
+from llmrecipe.core.console import number as as_text
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.evaluation.leaderboard_labels import labels_of
 from llmrecipe.evaluation.leaderboard_plot import draw_plot
 from llmrecipe.evaluation.leaderboard_table import (
     PLAIN,
@@ -18,11 +20,11 @@ from llmrecipe.evaluation.leaderboard_table import (
     Tuned,
     cells,
     chosen_values,
-    labels_of,
     markdown,
     rank,
     read_entries,
 )
+from llmrecipe.evaluation.paired_differences import compare_rows, difference_column, student
 from llmrecipe.runs.run_record import seconds_of
 
 SFT: dict[str, Any] = {"objective": {"kind": "sft"}, "stack": {}, "seed": 0, "optim": {"lr": 0.1}}
@@ -124,8 +126,9 @@ def test_a_row_is_named_by_what_sets_it_apart(recipes: list[dict[str, Any]], nam
     assert [name for name, _ in labels_of(recipes)] == names
 
 
-MLM: dict[str, Any] = {"objective": {"kind": "mlm", "prob": 0.15}, "data": {"path": "a"}, "seed": 0}
-DAE: dict[str, Any] = {"objective": {"kind": "dae", "form": "mse"}, "data": {"path": "a"}, "optim": {"lr": 1.0}, "seed": 0}
+ROWS: dict[str, Any] = {"path": "a", "control": {}}
+MLM: dict[str, Any] = {"objective": {"kind": "mlm", "prob": 0.15}, "data": ROWS, "seed": 0}
+DAE: dict[str, Any] = {"objective": {"kind": "dae", "form": "mse"}, "data": ROWS, "optim": {"lr": 1.0}, "seed": 0}
 
 
 def test_rows_of_one_task_are_named_by_the_runs_they_go_on_from(tmp_path: Path) -> None:
@@ -136,6 +139,7 @@ def test_rows_of_one_task_are_named_by_the_runs_they_go_on_from(tmp_path: Path) 
         MLM | {"data": {"path": "b"}},
         DAE,
         DAE | {"objective": {"kind": "dae", "form": "tsdae"}, "optim": {"lr": 2.0}},
+        DAE | {"data": {"path": "a", "control": {"text": "words"}}},
     ]
     paths = []
     for number, recipe in enumerate(below):
@@ -149,11 +153,42 @@ def test_rows_of_one_task_are_named_by_the_runs_they_go_on_from(tmp_path: Path) 
         ("mlm (start.data.path=b)", "pretraining"),
         ("dae (start.objective.form=mse)", "pretraining"),
         ("dae (start.objective.form=tsdae)", "pretraining"),
+        ("dae (start.objective.form=mse, start.data.control.text=words)", "pretraining"),
         ("fresh", "fresh"),
     ]
     assert [entry.label for entry in read_entries(paths[:2], "test/accuracy")] != ["mlm", "mlm"], (
         "one objective below is no name"
     )
+
+
+def test_a_row_is_compared_with_the_baseline_seed_by_seed() -> None:
+    """Differences -1/4, -1/2 and 0 over three seeds: mean -1/4, deviation 1/4, so -1/4 +- 4.3027 / (4 sqrt(3))."""
+    scores = {"fresh (start.x=1)": [0.5, 0.75, 0.25], "mlm": [0.25, 0.25, 0.25], "clm": [1.0], "dae": []}
+    entries = [LeaderboardEntry(n, "x", seed, {"score": v}) for n, found in scores.items() for seed, v in enumerate(found)]
+    entries.append(LeaderboardEntry("other", "x", 9, {"score": 9.0}))
+    rows = rank(entries, empty=[("dae", "x")])
+    compare_rows(rows, entries, "fresh", "score", "baseline")
+    half = 4.302653 / (4 * 3**0.5)
+    column = difference_column("fresh")
+    shown = {line[1]: line[4] for line in cells(rows, [SCORE, column])[1:]}
+    assert shown == {
+        "mlm": f"-0.25 [{as_text(-0.25 - half)}, {as_text(-0.25 + half)}]",
+        "clm": "0.5",
+        "other": "-",
+        "fresh (start.x=1)": "-",
+        "dae": "",
+    }
+    assert [key for key in rows[-2].mean if key.startswith("difference")] == [
+        "difference", "difference/low", "difference/high"
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match="baseline: no row is called 'frsh'; did you mean 'fresh"):
+        compare_rows(rows, entries, "frsh", "score", "baseline")
+
+
+def test_quantiles_go_on_where_the_table_ends() -> None:
+    assert student(1) == 12.706205 and student(20) == 2.085963
+    # 2.0796 at 21, 2.0086 at 50 and 1.9600 without end, as tables of Student's t have them.
+    assert [student(n) for n in (21, 50, 10**6)] == pytest.approx([2.0796, 2.0086, 1.96], abs=1e-3)
 
 
 def test_the_table_shows_spread_where_there_are_seeds_and_a_dash_where_there_is_no_number() -> None:

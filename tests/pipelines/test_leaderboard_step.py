@@ -64,6 +64,24 @@ def test_files_hold_the_ranked_table_and_the_runs(runs: str, tmp_path: Path, cap
     assert metrics == {"runs": 3, "methods": 2, "best": "full", "best/score": 0.875}
 
 
+def test_rows_are_compared_with_one_of_them(runs: str, tmp_path: Path) -> None:
+    """LoRA has seed 0 in common with the full run: 0.75 - 0.875."""
+    folder = step(tmp_path / "board", runs, "baseline=full", "plot=false")
+    table = (folder / "leaderboard.md").read_text().splitlines()
+    assert [line.split(" | ")[1:5] for line in table[2:4]] == [
+        ["full", "full", "0.875", "-"], ["lora", "reparameterized", "0.625 ± 0.18", "-0.125"]
+    ]  # fmt: skip
+    assert table[0].split(" | ")[4] == "against full" and "score minus that of full" in table[-6]
+
+
+def test_a_pipeline_that_has_not_run_names_its_rows_by_the_runs_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = json.loads((step(tmp_path / "board", "of=[nsp_qa]", "plot=false") / "leaderboard.json").read_text())["rows"]
+    assert [(r["method"], r["seeds"]) for r in rows] == [
+        ("nsp", []), ("nsp (start.data.control.text=words)", []), ("fresh", [])
+    ]  # fmt: skip
+
+
 def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -102,6 +120,7 @@ def test_a_run_that_was_asked_is_not_asked_again(runs: str, tmp_path: Path, monk
         (["across=[trained,secnds]"], "did you mean 'seconds'?"),
         (["tuned=optim.lr", "by=test/loss"], "by: 'test/loss' is not measured on the validation split"),
         (["of=[sft]"], "of: no stage of sft is a leaderboard"),
+        (["baseline=fll"], "baseline: no row is called 'fll'; did you mean 'full'? (the rows are full; lora)"),
     ],
 )
 def test_a_mistake_is_one_clear_message(runs: str, tmp_path: Path, words: list[str], told: str) -> None:

@@ -29,6 +29,7 @@ SAY_IT_TO_A_STAGE = {
     "dae_sft",
     "mmlm_caption",
     "mmlm_vqa",
+    "nsp_qa",
 }
 """Pipelines whose stages read rows of different kinds: one path cannot be for all of them."""
 

@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.foreign import parse_json, reading
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.data.formats.bounds import Bounds
+from llmrecipe.data.formats.control_rows import ControlRows
 from llmrecipe.data.formats.file_content import EXTENSIONS, is_data_file, suffix_kind
 from llmrecipe.data.formats.readers import Reader, Row, open_file, without_fillers
 from llmrecipe.recipe.schema import DataSection
@@ -124,6 +126,19 @@ class Part:
     """Share of the mixture, where the recipe gives weights."""
     keep: tuple[float, float] | None = None
     """Interval of row hashes that belongs to this split; None keeps every row."""
+    control: tuple[tuple[str, str], ...] = ()
+    """(column, how): what does not belong to its row in a control run; see `control_rows`."""
+
+    @cached_property
+    def controlled(self) -> ControlRows | None:
+        """What a control run does to rows; None where they stay as they are."""
+        return ControlRows(dict(self.control), self.reader, self.chosen) if self.control else None
+
+    def rows(self, indices: Sequence[int] | range) -> Iterator[tuple[int, Row]]:
+        """Yield the rows at these indices that belong to the split, as they are to be read."""
+        for index, row in zip(indices, self.reader.rows(indices)):
+            if self.chosen(row):
+                yield index, row if self.controlled is None else self.controlled.row(index, row)
 
     def chosen(self, row: Row) -> bool:
         """Return whether a row belongs to the split."""
@@ -191,7 +206,9 @@ def open_split(data: DataSection, split: str) -> list[Part]:
     for name, weight in paths_of(data).items():
         reader = _open(name, wanted, data.streaming and split == "train", False, bounds_of(data))
         if reader is not None:
-            parts.append(Part(reader, weight if split == "train" else None, interval))
+            trains = split == "train"
+            control = tuple(sorted(data.control.items())) if trains else ()
+            parts.append(Part(reader, weight if trains else None, interval, control))
     if not parts:
         names = ", ".join(paths_of(data))
         hint = f"set data.{split}=FILE or a share such as data.{split}=0.1" if split != "train" else "name a file of rows"

@@ -12,6 +12,7 @@ from llmrecipe.core.console import say
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.option_types import ClassVar, Field, Literal, PositiveInt, StopText
 from llmrecipe.core.registry import register
+from llmrecipe.evaluation.leaderboard_labels import labels_of, recipe_below, start_label
 from llmrecipe.evaluation.leaderboard_plot import draw_parts, draw_plot
 from llmrecipe.evaluation.leaderboard_table import (
     MEMORY,
@@ -24,16 +25,16 @@ from llmrecipe.evaluation.leaderboard_table import (
     as_json,
     better_of,
     chosen_values,
-    labels_of,
     markdown,
     memory_column,
     rank,
     read_entries,
-    start_label,
 )
+from llmrecipe.evaluation.paired_differences import compare_rows, difference_column
 from llmrecipe.objectives.reward_interface import Rewards
 from llmrecipe.pipelines.run_stages import state_of
 from llmrecipe.pipelines.step import Step
+from llmrecipe.recipe.content_key import REFERENCE
 from llmrecipe.recipe.step_spec import StepComposition, unfinished
 from llmrecipe.runs.run_record import read_run
 
@@ -51,6 +52,8 @@ class Leaderboard(Step):
     With `against` every run also answers prompts: it and the model named there answer the same ones at temperature 1, and the
     table holds win rate, reward, margin on held-out pairs, divergence KL(pi || pi_0) and length, with formulas in
     `llmrecipe.evaluation.win_rate`; the score is then the win rate. A run that was measured is not measured again.
+
+    With `baseline` each row is also compared with one of them, seed by seed.
 
     With `tuned` the runs of a row may differ in one key, and those with the value that is best on the validation split are its
     result. With `of` the step shows a pipeline as far as it has run: rows without a finished run are empty.
@@ -75,6 +78,9 @@ class Leaderboard(Step):
     """Key of the recipes, such as optim.lr, whose value is chosen for each row."""
     by: str = "eval/loss"
     """With `tuned`: what chooses it, a name in the runs' final/metrics.json measured on the validation split."""
+    baseline: str | None = None
+    """A row of the table, such as `full` or `fresh`: a further column says by how much the others differ from it, mean over the
+    seeds that both have, with its 95 % interval (`llmrecipe.evaluation.paired_differences`)."""
     across: str | list[str] | None = None
     """What the plot shows the score over, a panel for each: `columns`, trained, share, stored, memory or seconds.
 
@@ -148,7 +154,8 @@ class Leaderboard(Step):
         planned, board = self._board("leaderboard")
         names = {stage.result: stage for stage in planned.stages}
         wanted = [names[Path(path)] for path in board.runs]
-        labels = labels_of([stage.mapping for stage in wanted], apart_from=board.tuned_keys())
+        starts = [_planned_below(planned, stage.mapping) for stage in wanted]
+        labels = labels_of([stage.mapping for stage in wanted], starts, board.tuned_keys())
         made = {str(stage.result): label for stage, label in zip(wanted, labels, strict=True) if state_of(stage) == "done"}
         return board._written(work, list(made), made, labels)
 
@@ -198,6 +205,8 @@ class Leaderboard(Step):
         if tuned is not None and entries:
             entries = chosen_values(entries, better_of(self.by, paths, "by"))
         rows = rank(entries, best, score.key, rows_wanted)
+        if self.baseline is not None:
+            compare_rows(rows, entries, self.baseline, score.key, "baseline")
         table, notes = markdown(rows, columns)
         say(table)
         work.dir.write("leaderboard.md", f"{table}\n\n{notes}\n")
@@ -219,11 +228,12 @@ class Leaderboard(Step):
 
     def _columns(self) -> list[Column]:
         more = [memory_column(n) if n.startswith(MEMORY) else Column(n, n, spread=True) for n in self.columns]
+        apart = [difference_column(self.baseline)] if self.baseline is not None else []
         if self.against is not None:
             shown = [c for c in REQUESTED if self.pairs or c.key not in ("margin", "preferred")]
-            return [*shown, *more, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
+            return [*shown[:1], *apart, *shown[1:], *more, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
         value = [Column("tuned", self.tuned, means=f"the value that is best in {self.by}")] if self.tuned else []
-        return [Column("score", self.metric, spread=True), *more, *value, *PLAIN]
+        return [Column("score", self.metric, spread=True), *apart, *more, *value, *PLAIN]
 
     def _requested(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
         """Return the runs with the measurements of their answers, after the model they started from."""
@@ -257,3 +267,9 @@ class Leaderboard(Step):
         from llmrecipe.evaluation.evaluate_model import open_subject
 
         return referee.baseline() if path == self.against else referee.measure(open_subject(path, self.words))
+
+
+def _planned_below(planned: Plan, mapping: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the recipe of the run that a stage goes on from, be it a stage of the same pipeline that has not run yet."""
+    stage = REFERENCE.fullmatch(str(mapping.get("model", {}).get("path")))
+    return planned[stage[1]].mapping if stage else recipe_below(mapping)
