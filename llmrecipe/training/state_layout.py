@@ -18,11 +18,11 @@ KNOWN = ("torch", "transformers")
 
 
 class StateLayouts:
-    """The layouts of one optimizer; of parameters of one kind it is asked once."""
+    """The layouts of one optimizer; parameters of one kind share one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        self._asked: dict[tuple[int, int, torch.dtype], dict[str, tuple[int, ...] | None]] = {}
+        self._known: dict[tuple[int, int, torch.dtype], dict[str, tuple[int, ...] | None]] = {}
 
     def check(self, index: int, parameter: Tensor, saved: Mapping[str, Any], elsewhere: Collection[str] = ()) -> None:
         """Compare what was saved of a parameter with what the optimizer keeps for it.
@@ -55,11 +55,11 @@ class StateLayouts:
 
     def _of(self, index: int, parameter: Tensor) -> dict[str, tuple[int, ...] | None]:
         """Return the shape of each tensor, None for a number; nothing where shapes do not follow from the parameter's."""
-        ask = index, parameter.dim(), parameter.dtype
-        if ask not in self._asked:
-            self._asked[ask] = self._of_stand_in(index, parameter)
+        key = index, parameter.dim(), parameter.dtype
+        if key not in self._known:
+            self._known[key] = self._of_stand_in(index, parameter)
         sizes = {1: 1, **dict(zip(SIZES, parameter.shape, strict=False))}
-        return {k: s if s is None else tuple(sizes[size] for size in s) for k, s in self._asked[ask].items()}
+        return {k: s if s is None else tuple(sizes[size] for size in s) for k, s in self._known[key].items()}
 
     def _of_stand_in(self, index: int, parameter: Tensor) -> dict[str, tuple[int, ...] | None]:
         group = self.optimizer.param_groups[index]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmrecipe.methods.selective._engines.weight_groups import GroupFamily, Member
 
 
-def chunks(flat: Tensor) -> Iterator[slice]:
+def cache_parts(flat: Tensor) -> Iterator[slice]:
     """Yield the entries that are worked on at once: on a CPU as many as stay in its cache."""
     size = 1 << 16 if flat.device.type == "cpu" else 1 << 22
     yield from (slice(first, first + size) for first in range(0, flat.numel(), size))
@@ -114,7 +114,7 @@ class DiffGate(Gated):
         if self.formed is None or self.formed[0] != state:
             flat = self.alpha.detach().reshape(-1)
             s = torch.empty_like(flat)
-            for part in chunks(flat):
+            for part in cache_parts(flat):
                 noise = self.uniforms(draw, part.start, flat[part].numel()).logit_().to(flat.dtype)
                 torch.add(flat[part], noise, out=s[part]).sigmoid_()
             self.formed = (state, s)
@@ -139,7 +139,7 @@ class DiffGate(Gated):
         if self.alpha is None:
             return found
         flat = self.alpha.detach().view(-1)
-        for part in chunks(flat):
+        for part in cache_parts(flat):
             u = self.uniforms(draw, part.start, flat[part].numel())
             found[part] *= gate(flat[part], u, self.low, self.high)[0]
         return found * self.group_gate(draw)[0]
@@ -245,7 +245,7 @@ class _Gated(torch.autograd.Function):
         shared = hook.group_gate(draw)[0]
         out = torch.empty_like(weight)
         target, base, flat = out.view(-1), weight.reshape(-1), w.reshape(-1)
-        for part in chunks(flat):
+        for part in cache_parts(flat):
             delta = flat[part]
             if alpha is not None:
                 delta = openings(_drawn(hook, draw, alpha, part), hook.low, hook.high).mul_(delta)
@@ -265,7 +265,7 @@ class _Gated(torch.autograd.Function):
         shared, slope = hook.group_gate(ctx.draw)
         dw, da = torch.empty_like(w), torch.empty_like(alpha)
         of_group = torch.zeros((), dtype=torch.float64, device=w.device)
-        for part in chunks(g):
+        for part in cache_parts(g):
             chunk, own, other = g[part].to(w.dtype), dw.view(-1)[part], da.view(-1)[part]
             z, dz = slopes(_drawn(hook, ctx.draw, alpha, part), hook.low, hook.high)
             torch.mul(chunk, w.view(-1)[part], out=other)
@@ -303,7 +303,7 @@ class _Expected(torch.autograd.Function):
         ctx.shift = shift
         flat = alpha.reshape(-1)
         total = torch.zeros((), dtype=torch.float64, device=alpha.device)
-        for part in chunks(flat):
+        for part in cache_parts(flat):
             total += _probability(flat[part], shift).sum(dtype=torch.float64)
         return total.to(alpha.dtype)
 
@@ -312,7 +312,7 @@ class _Expected(torch.autograd.Function):
         (alpha,) = ctx.saved_tensors
         found = torch.empty_like(alpha)
         flat, target = alpha.reshape(-1), found.view(-1)
-        for part in chunks(flat):
+        for part in cache_parts(flat):
             p = _probability(flat[part], ctx.shift)
             torch.mul(p, grad, out=target[part]).mul_(p.neg_().add_(1))
         return found, None
