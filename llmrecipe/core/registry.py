@@ -60,6 +60,8 @@ INTERFACES = {
 """Interface a component inherits -> the group its name is registered in."""
 
 CONFIG = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+HEADER = re.compile(r"^@register\nclass (\w+)\(([^()]*)\):$", re.MULTILINE)
+"""The lines that begin the class of a component; its name and its bases are captured."""
 ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 
 T = TypeVar("T", bound=type)
@@ -169,8 +171,8 @@ def plugins() -> list[tuple[str, Path]]:
 
 def defined_in(package: str) -> list[str]:
     """Return the names of the components that a package contains."""
-    every = (spec for members in _index().values() for spec in members.values())
-    return [spec.name for spec in every if spec.module.startswith(f"{package}.")]
+    every = (found for members in _index().values() for found in members.values())
+    return [found.name for found in every if found.module.startswith(f"{package}.")]
 
 
 def import_marked(mark: str) -> None:
@@ -186,22 +188,61 @@ def _roots() -> list[tuple[str, Path]]:
     return [("llmrecipe", PACKAGE), *_plugins]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A component whose file is known and has not been read further than its name."""
+
+    group: str
+    name: str
+    class_name: str
+    package: str
+    root: Path
+    path: Path
+
+    @property
+    def module(self) -> str:
+        return ".".join([self.package, *self.path.relative_to(self.root).with_suffix("").parts])
+
+    @functools.cached_property
+    def spec(self) -> Spec:
+        found = _read(self.package, self.root, self.path, self.path.read_text(encoding="utf-8"))
+        assert found is not None, f"{self.path} is the file of a component"
+        return found
+
+
 @functools.cache
-def _index() -> dict[str, dict[str, Spec]]:
-    found: dict[str, dict[str, Spec]] = {group: {} for group in INTERFACES.values()}
+def _index() -> dict[str, dict[str, _Found]]:
+    found: dict[str, dict[str, _Found]] = {group: {} for group in INTERFACES.values()}
     for package, root in _roots():
         for path in sorted(root.rglob("*.py")):
             text = path.read_text(encoding="utf-8")
             if "@register\n" not in text:
                 continue
-            spec = _read(package, root, path, text)
-            if spec is None:
+            header = _header(package, root, path, text)
+            if header is None:
                 continue
-            clash = found[spec.group].get(spec.name)
+            group, class_name = header
+            clash = found[group].get(path.stem)
             if clash is not None:
-                raise LlmRecipeError(f"{spec.group} '{spec.name}' is registered twice: {clash.path} and {path}")
-            found[spec.group][spec.name] = spec
+                raise LlmRecipeError(f"{group} '{path.stem}' is registered twice: {clash.path} and {path}")
+            found[group][path.stem] = _Found(group, path.stem, class_name, package, root, path)
     return found
+
+
+def _header(package: str, root: Path, path: Path, text: str) -> tuple[str, str] | None:
+    """Return the group and the class of the component in a file; None where there is none.
+
+    Parsing every file would take most of the time of a command such as `list`. Those of a plugin are parsed all the same, so
+    that their mistakes show before one of them is named.
+    """
+    lines = HEADER.findall(text)
+    if package == "llmrecipe" and len(lines) == 1:
+        class_name, bases = lines[0]
+        group = next((INTERFACES[base] for base in re.split(r",\s*", bases) if base in INTERFACES), None)
+        if group is not None:
+            return group, class_name
+    spec = _read(package, root, path, text)
+    return None if spec is None else (spec.group, spec.class_name)
 
 
 def _read(package: str, root: Path, path: Path, text: str) -> Spec | None:
@@ -291,6 +332,10 @@ def spec(group: str, name: str, where: str | None = None) -> Spec:
     Raises:
         RecipeError: the name is unknown; the message lists what exists and the nearest spelling.
     """
+    return _named(group, name, where).spec
+
+
+def _named(group: str, name: str, where: str | None) -> _Found:
     known = _index().get(group, {})
     if name not in known:
         raise RecipeError(
@@ -302,7 +347,7 @@ def spec(group: str, name: str, where: str | None = None) -> Spec:
 
 def load_class(group: str, name: str, where: str | None = None) -> Any:
     """Import one component and return its class (its own type is known to the caller's group only)."""
-    found = spec(group, name, where)
+    found = _named(group, name, where)
     return getattr(_import(found.module), found.class_name)
 
 
@@ -320,4 +365,4 @@ def _import(name: str) -> ModuleType:
 
 def find(name: str) -> list[Spec]:
     """Return every component of that name, in any group."""
-    return [members[name] for members in _index().values() if name in members]
+    return [members[name].spec for members in _index().values() if name in members]

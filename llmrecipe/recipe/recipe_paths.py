@@ -94,10 +94,11 @@ def lookup(name: str, folders: list[Path], exclude: Path | None = None) -> Path 
     """
     wanted = name.strip("/").removesuffix(".yaml")
     for folder in folders:
-        known = {key: path for key, path in recipes_in(folder).items() if path.resolve() != exclude}
+        named = {key: path for key, path in recipes_in(folder).items() if wanted in (key, path.stem)}
+        known = {key: path for key, path in named.items() if exclude is None or path.resolve() != exclude}
         if wanted in known:
             return known[wanted]
-        matches = [path for path in known.values() if path.stem == wanted]
+        matches = list(known.values())
         if len(matches) > 1:
             listed = ", ".join(short(path) for path in matches)
             raise RecipeError(
