@@ -7,6 +7,7 @@ from dataclasses import asdict
 from llmrecipe.cli.arguments import ConfigDir, Json, Quiet, Verbose, Words, need_recipe, sort_words, tell
 from llmrecipe.cli.findings import show_findings
 from llmrecipe.core.console import print_json
+from llmrecipe.core.lazy import without_collections
 
 PANEL = "Train"
 ORDER = 2
@@ -28,7 +29,8 @@ def verb(
         check_pipeline(composition, as_json)
         return
     tell(composition.notes)
-    from llmrecipe.training.dry_run import examine
+    with without_collections():
+        from llmrecipe.training.dry_run import examine
 
     found = examine(composition)
     print_json(asdict(found)) if as_json else show_findings(found)

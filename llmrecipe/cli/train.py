@@ -9,6 +9,7 @@ import typer
 
 from llmrecipe.cli.arguments import AUTO, ConfigDir, Json, Quiet, Verbose, VerbWords, Words, need_recipe, sort_words
 from llmrecipe.core.console import print_json, say, say_progress
+from llmrecipe.core.lazy import without_collections
 
 PANEL = "Train"
 ORDER = 1
@@ -55,7 +56,8 @@ def verb(
         run_dir = composition.recipe.run.dir if state == "begun" else None
     for note in composition.notes:
         say_progress(note)
-    from llmrecipe.training.train import train
+    with without_collections():
+        from llmrecipe.training.train import train
 
     run = train(composition, run_dir)
     if run.runtime.is_main:
