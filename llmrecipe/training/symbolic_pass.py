@@ -26,6 +26,8 @@ from llmrecipe.models.pretrained import pretrained
 from llmrecipe.training.kept_tensors import KeptTensors
 
 BOOL = torch.bool
+DEVICE = torch.ops.prim.device.default
+"""The question on which device a tensor is: a third of all that is dispatched."""
 INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 """Operations whose second argument are indices, or masks that say how many entries there are."""
 
@@ -60,6 +62,8 @@ class NumberlessMode(TorchDispatchMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         """Run one operation."""
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _scalar(args[0], self.rounds)
         leaves = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
