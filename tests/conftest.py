@@ -27,6 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Deviations(folder, config.getoption("--deviations-reason")))
 
 
+@pytest.fixture(autouse=True)
+def fixed_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices decide by their kind alone, whatever memory a machine has free, and no test leaves a profile behind."""
+    from llmrecipe.core import device_profile
+
+    monkeypatch.setattr(device_profile, "facts_of", lambda device: device_profile.DeviceFacts(str(device).partition(":")[0]))
+    monkeypatch.setattr(device_profile, "_in_use", {})
+
+
 @pytest.fixture
 def own_rules() -> Iterator[None]:
     """Judge rules that a test registers are gone after it."""

@@ -25,15 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.models.autograd_context import AutogradContext
 from llmrecipe.models.hooks.hook import hooks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-
-CHUNK_BYTES = 16 << 20
-"""Size of one chunk of float32 logits: small enough for a processor's last cache, large enough for its matrix product."""
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configs call the cap of the logits."""
@@ -112,7 +110,7 @@ def token_logprobs(
     if _is_plain_frozen(head) and not (entropy_graph or normalizer):
         t, correct, ent = _FrozenHead.apply(hidden, target, head.weight, head.bias, post, entropy)
         return {"logprobs": t, "correct": correct, "entropy": ent}
-    size = chunk_rows(head_width(head))
+    size = chunk_rows(head_width(head), hidden.device)
     if not entropy_graph and _is_plain_trained(head, post, hidden):
         kept = KEPT_CHUNKS if torch.is_grad_enabled() else 0
         t, correct, ent, norm = _TrainedHead.apply(hidden, target, head.weight, head.bias, post, entropy, kept)
@@ -149,7 +147,7 @@ def compared(hidden: Tensor, head: nn.Module, post: Post, compare: Comparison) -
     def chunk(h: Tensor, rows: slice) -> dict[str, Tensor]:
         return compare(post(upcast(head(h))), rows)
 
-    count, size = hidden.shape[0], chunk_rows(head_width(head))
+    count, size = hidden.shape[0], chunk_rows(head_width(head), hidden.device)
     if not count:
         # A micro-batch without targets still takes part in the backward pass of every rank.
         zero = upcast(hidden.sum()) * 0.0
@@ -174,9 +172,9 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Return the number of rows whose float32 logits fill one chunk."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, device: torch.device | str) -> int:
+    """Return the number of rows whose float32 logits are one chunk on a device."""
+    return profile_of(device).logit_rows(vocabulary)
 
 
 def _is_plain_frozen(head: nn.Module) -> bool:
@@ -236,7 +234,7 @@ class _FrozenHead(torch.autograd.Function):
         out: list[Tensor] = []
         hits: list[Tensor] = []
         ents: list[Tensor] = []
-        size = chunk_rows(weight.shape[0])
+        size = chunk_rows(weight.shape[0], hidden.device)
         W = weight.to(hidden.dtype)
         for first in range(0, hidden.shape[0], size):
             h, y = hidden[first : first + size], target[first : first + size, None]
@@ -329,7 +327,7 @@ class _TrainedHead(torch.autograd.Function):
 
 def _chunks(hidden: Tensor, target: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (states (n, D), targets (n, 1)) of each chunk."""
-    size = chunk_rows(weight.shape[0])
+    size = chunk_rows(weight.shape[0], hidden.device)
     yield from zip(hidden.split(size), target[:, None].split(size), strict=True)
 
 

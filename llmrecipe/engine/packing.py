@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.collate import Sequence, pack, pad
 from llmrecipe.engine.forward import Engine
@@ -12,15 +13,10 @@ from llmrecipe.models.attention import one_by_one
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.vocabulary import input_embedding
 
-MICRO_TOKENS = {"cpu": 512}
-"""Most tokens of a micro-batch by device, where the recipe does not say: twice as many win a CPU 1 % in float32 and 6 % in
-bfloat16, and hold twice the activations."""
-MICRO_TOKENS_ELSEWHERE = 8192
-
 
 def micro_tokens(device: torch.device) -> int:
-    """Return the default size of a micro-batch on a device."""
-    return MICRO_TOKENS.get(device.type, MICRO_TOKENS_ELSEWHERE)
+    """Return the most tokens of a micro-batch on a device, where the recipe does not say."""
+    return profile_of(device).decided.micro_tokens
 
 
 def packing_for(wanted: str, engine: Engine, device: torch.device) -> bool:

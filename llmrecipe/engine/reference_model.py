@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.console import lasting
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import ModelError, RecipeError, did_you_mean
 from llmrecipe.engine.forward import Engine
-from llmrecipe.engine.packing import micro_tokens, packing_for
+from llmrecipe.engine.packing import packing_for
 from llmrecipe.engine.reference_cache import NAMED, ReferenceCache, cache_file, weights_digest
 from llmrecipe.engine.reference_policy import PlannedRows, ScoredObjective, row_groups, score_all
 from llmrecipe.engine.role_models import Roles
@@ -87,8 +88,9 @@ def _score(
     cache = ReferenceCache(cache_file({"model": weights, "data": rows}))
     model.model.to(device)
     engine = Engine(model.model).eval()
-    tokens = recipe.batch.tokens or (None if recipe.batch.micro else micro_tokens(device))
     packing = packing_for(recipe.data.packing, engine, device)
-    roles = Roles(engine, Stack([]), model.tokenizer, device, packing, recipe.batch.micro, tokens, cache)
+    roles = Roles(
+        engine, Stack([]), model.tokenizer, device, packing, recipe.batch.micro, profile_of(device).micro_tokens, cache
+    )
     score_all(groups, objective, roles)
     return cache

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from llmrecipe.core import registry
 from llmrecipe.core.console import say, say_aside
+from llmrecipe.core.device_profile import use
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import prepare
@@ -27,6 +28,7 @@ from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.load import load_tokenizer
 from llmrecipe.models.resolve_class import CLASSIFIERS
 from llmrecipe.recipe.compose import Composition, compose
+from llmrecipe.recipe.profile_keys import profile_for
 from llmrecipe.recipe.schema import Recipe
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.looks import note_look
@@ -74,6 +76,7 @@ def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:
     parts = instantiate(recipe)
     parts.objective.read_folder(recipe.model)
     runtime = Runtime.start(recipe.runtime)
+    use(profile_for(recipe, runtime.device))
     loaded.model.to(runtime.device)
     stack = Stack([])
     engine = Engine(loaded.model).eval()

@@ -10,7 +10,8 @@ prefix, and nothing else. Routes:
     flash   the same through the flash-attn package, which also knows soft caps and dropout
     flex    FlexAttention with a block mask made from the layout: sinks, biased prefixes, prefixes with a sliding window
 
-`auto` takes the loop on a CPU; on a GPU, for each call, the first of varlen, flash and flex that can compute it, else the loop.
+`auto` takes, for each call, the first route of the device profile that can compute it: on a CPU the loop; on a GPU varlen, then
+flash, then flex, then the loop.
 
 Sources: FlashAttention-2 (arXiv 2307.08691), Flex Attention (arXiv 2412.05496), gpt-oss (sinks; arXiv 2508.10925).
 """
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Layout
 from llmrecipe.core.lazy import is_installed, load_module
@@ -35,8 +37,10 @@ from llmrecipe.models.attention_calls import Prefix, attend_one, in_reach, is_ca
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from llmrecipe.core.device_profile import Profile
+
 ONE_CALL = ("varlen", "flash", "flex")
-"""Routes that compute all documents in one call, in the order `auto` tries them."""
+"""Routes that compute all documents in one call."""
 FLASH_CAPABILITY = (8, 0)
 """Least compute capability of FlashAttention-2."""
 FLASH_HEAD_SIZE = 256
@@ -91,7 +95,8 @@ def attend_packed(
     Raises:
         ModelError: the route was named and cannot compute this call.
     """
-    if route == "loop" or (route == "auto" and q.device.type != "cuda"):
+    tried = profile_of(q.device).decided.packed_attention if route == "auto" else (route,)
+    if tried[0] == "loop":
         return per_document(module, layout, q, k, v, prefixes, kwargs)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -100,8 +105,8 @@ def attend_packed(
         kwargs.get("s_aux"), kwargs.get("scaling"), kwargs.get("dropout", 0.0),
     )  # fmt: skip
     if route == "auto":
-        found = next((name for name in ONE_CALL if route_refusal(name, call) is None), None)
-        return per_document(module, layout, q, k, v, prefixes, kwargs) if found is None else COMPUTE[found](call)
+        found = next((name for name in tried if name == "loop" or route_refusal(name, call) is None), "loop")
+        return per_document(module, layout, q, k, v, prefixes, kwargs) if found == "loop" else COMPUTE[found](call)
     if why := route_refusal(route, call):
         raise ModelError(f"model.packed_attention: {route} {why}; use auto or loop")
     return COMPUTE[route](call)
@@ -115,6 +120,11 @@ def check_route(route: str, device: str) -> None:
     """
     if route in ONE_CALL and (why := lacking(route, torch.device(device))):
         raise ModelError(f"model.packed_attention: {route} {why}; use auto or loop")
+
+
+def routes_of(profile: Profile, device: torch.device) -> tuple[str, ...]:
+    """Return the routes of a profile that a machine has for training."""
+    return tuple(r for r in profile.packed_attention if r == "loop" or lacking(r, device) is None)
 
 
 def lacking(route: str, device: torch.device) -> str | None:

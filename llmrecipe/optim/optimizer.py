@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import LlmRecipeError, RecipeError
 from llmrecipe.core.registry import CONFIG
 
@@ -213,6 +214,27 @@ def build_optimizer(
         for group in groups
     ]
     return optimizer.build(listed) if divide is None else divide(optimizer.build, listed)
+
+
+def kernel_flags(params: Sequence[dict[str, Any]], instead: dict[str, bool] | None = None) -> dict[str, bool]:
+    """Return the arguments that give a torch optimizer the implementation of the device profile.
+
+    Args:
+        params: its groups.
+        instead: what it is given where it has no fused kernel; None where it has one.
+
+    Raises:
+        RecipeError: the fused kernel is named by key and there is none.
+    """
+    device = next((p.device for group in params for p in group["params"]), "cpu")
+    profile = profile_of(device)
+    if profile.optimizer != "fused":
+        return {"foreach": profile.optimizer == "foreach"}
+    if instead is None:
+        return {"fused": True}
+    if "optimizer" in profile.chosen:
+        raise RecipeError("runtime.optimizer_kernel: this optimizer has no fused kernel here; use auto, foreach or single")
+    return instead
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -229,7 +229,9 @@ class BatchSection(Section):
         "are enough. The learning rate follows its own schedule.",
     )
     micro: PositiveInt | None = Field(None, description="Rows put through the model at once; default: as many as fit `size`.")
-    tokens: PositiveInt | None = Field(None, description="Cut micro-batches so that none has more tokens than this.")
+    tokens: PositiveInt | None = Field(
+        None, description="Cut micro-batches so that none has more tokens than this; default: by the device and its memory."
+    )
 
     @model_validator(mode="after")
     def _growth(self) -> BatchSection:
@@ -251,6 +253,15 @@ class RuntimeSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Device.")
     threads: PositiveInt | None = Field(None, description="CPU threads; default: torch's own choice.")
     deterministic: bool = Field(False, description="Only deterministic kernels (GPU); the CPU always is.")
+    logit_rows: PositiveInt | None = Field(
+        None,
+        description="Positions whose logits are formed at once; default: by the cache of a CPU, by the free memory of a GPU.",
+    )
+    optimizer_kernel: Literal["auto", "fused", "foreach", "single"] = Field(
+        "auto",
+        description="How torch's adamw, sgd, rmsprop and muon make a step: in one kernel (fused), in one for each operation on "
+        "all tensors (foreach), or tensor by tensor (single). `auto`: fused where the device and the optimizer have it.",
+    )
     processes: PositiveInt = Field(1, description="Processes this run expects; `launch --nproc N` sets it.")
     shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
         "none",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from llmrecipe.core.device_profile import kept_profiles
 from llmrecipe.core.errors import RunError
 from llmrecipe.runtime.processes import KERNELS_KEPT
 
@@ -36,14 +37,14 @@ def one_training() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_for_caller() -> Iterator[None]:
-    """Restore, on exit, the random generators of Python, NumPy and torch, the thread count and the choice of kernels."""
+    """Restore, on exit, the random generators of Python, NumPy and torch, the threads, the kernels and the device profile."""
     python, numpy = random.getstate(), np.random.get_state()
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     environment = {name: os.environ.get(name) for name in VARIABLES}
     try:
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))), kept_profiles():
             yield
     finally:
         random.setstate(python)

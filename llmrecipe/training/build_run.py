@@ -15,12 +15,14 @@ from torch import nn
 from transformers.utils import logging
 
 from llmrecipe.core.console import lasting
+from llmrecipe.core.device_profile import profile_of, use
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.tokenize.chat_templates import keep_trained_template
-from llmrecipe.engine import packing, reference_model
+from llmrecipe.engine import reference_model
 from llmrecipe.engine.forward import Engine
+from llmrecipe.engine.packing import packing_for
 from llmrecipe.engine.reference_cache import ReferenceCache
 from llmrecipe.engine.reference_policy import PlannedRows
 from llmrecipe.engine.role_models import Roles
@@ -45,6 +47,7 @@ from llmrecipe.training.best import BestTracker
 from llmrecipe.training.model_checks import check_forward_pass
 from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data, test_rows
 from llmrecipe.training.run_identity import identify
+from llmrecipe.training.run_profile import decided_profile
 from llmrecipe.training.run_state import Progress, RunState
 
 if TYPE_CHECKING:
@@ -107,7 +110,9 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     check_environment(recipe)
     runtime = Runtime.start(recipe.runtime)
     with abandoned(None, runtime, resume):
-        if recipe.model.compile:
+        profile = decided_profile(recipe, runtime.device, resume, runtime.is_main)
+        use(profile)
+        if profile.compile:
             ready_to_compile(runtime.device)
         directory = RunDir.open(resume, runtime) if resume else RunDir.create(composition, runtime)
     with abandoned(directory, runtime, resume):
@@ -187,14 +192,14 @@ def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, run
     Args:
         scores: those of a reference that is another model; empty for a named reference.
     """
-    device, batch = runtime.device, recipe.batch
+    device = runtime.device
     model.model.to(device)
     speed_up(model.model)
     dtype = compute_dtype(recipe.model.dtype, model.model.stored_dtype, device.type)
-    engine = Engine(model.model, autocast_of(dtype, stack), recipe.model.compile)
-    packed = packing.packing_for(recipe.data.packing, engine, device)
-    tokens = batch.tokens or (None if batch.micro else packing.micro_tokens(device))
-    roles = Roles(engine, stack, model.tokenizer, device, packed, batch.micro, tokens, scores)
+    profile = profile_of(device)
+    engine = Engine(model.model, autocast_of(dtype, stack), profile.compile)
+    packed = packing_for(recipe.data.packing, engine, device)
+    roles = Roles(engine, stack, model.tokenizer, device, packed, recipe.batch.micro, profile.micro_tokens, scores)
     roles.runtime = runtime
     roles.seed, roles.max_length = recipe.seed, recipe.data.max_length
     return roles

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 15}
-"""Words read at once by device: their products stay in a processor's cache."""
-CHUNK_ELSEWHERE = 1 << 21
+from llmrecipe.core.device_profile import profile_of
+
 SEED = 0x5EED
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer types by size in bytes."""
@@ -28,7 +27,7 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in tensors:
         device = tensor.device
         if device not in weights:
-            weights[device] = _weights(CHUNK.get(device.type, CHUNK_ELSEWHERE)).to(device)
+            weights[device] = _weights(profile_of(device).decided.words).to(device)
         found.append(_checksum(integer_view(tensor), weights[device]))
     sums = torch.zeros(len(found), dtype=torch.int64)
     for device in weights:

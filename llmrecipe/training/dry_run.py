@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrecipe.core.device_profile import kept_profiles, use
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.validation import warnings as data_warnings
@@ -22,6 +23,7 @@ from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import Group, parameter_groups
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import refuse_stages
+from llmrecipe.recipe.profile_keys import profile_for
 from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import delta
@@ -154,6 +156,7 @@ class _Built:
         return parameter_groups(self.model, self.parts.optimizer, self.stack.groups(self.model))
 
 
+@kept_profiles()
 def examine(composition: Composition, made: StackChoices | None = None, follow: bool = True) -> Findings:
     """Build a composed recipe on the meta device; see `check`.
 
@@ -198,6 +201,7 @@ def _build(composition: Composition, made: StackChoices | None) -> _Built:
     direction(settings.eval, parts.objective)
     build_run.check_cuts(parts.optimizer, parts.wrappers)
     device = pick_device(settings.runtime.device)
+    use(profile_for(settings, device))
     check_family(settings, parts.objective)
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
     stack = build_run.stack_for(parts.objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
@@ -218,7 +222,7 @@ def _memory(built: _Built, made: StackChoices | None, follow: bool) -> tuple[Est
     memory = estimate_memory(
         model, stack, built.parts.optimizer, micro, targets=max(1, round(micro * report.trained / max(report.tokens, 1))),
         activation_bytes=(build_run.autocast_of(settings.model.dtype, stack) or pretrained(model).dtype).itemsize,
-        checkpointing=settings.model.gradient_checkpointing,
+        checkpointing=settings.model.gradient_checkpointing, device=built.device,
     )  # fmt: skip
     undecided = tuple(w.name for w in built.later if w.chooses() and not (own_tensors(model, w.name) or w.opened(model)))
     memory = replace(memory, undecided=undecided)

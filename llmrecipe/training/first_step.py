@@ -34,7 +34,7 @@ def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
         ProofError: a hook was never called, or a tensor never reached, and its wrapper does not say that this may be.
     """
     # A compiled graph would be retraced for the watch, and its calls are not seen.
-    watch: Any = contextlib.nullcontext() if run.recipe.model.compile else recorded_calls()
+    watch: Any = contextlib.nullcontext() if run.profile.compile else recorded_calls()
     with watch as called:
         made = rule(run.step_context(), micros)
         result = made.read() if isinstance(made, LateResult) else made

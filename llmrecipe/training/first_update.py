@@ -52,7 +52,7 @@ class FirstUpdate:
         self.trained = {n for n, p in self.run.model.named_parameters() if p.requires_grad}
         self.before = named_checksums(tensors)
         self.seconds += time.perf_counter() - started
-        counted = self.run.runtime.shard == PLAIN and not self.run.recipe.model.compile
+        counted = self.run.runtime.shard == PLAIN and not self.run.profile.compile
         with self.run.meter.watch(self.run.model, counted):
             return first_step.checked(rule, self.run, micros)
 

@@ -108,6 +108,7 @@ def estimate_memory(
     targets: int | None = None,
     activation_bytes: int = 4,
     checkpointing: bool = False,
+    device: str = "cpu",
 ) -> Estimate:
     """Estimate the memory of training a model with its stack attached; the model may be on the meta device.
 
@@ -116,6 +117,7 @@ def estimate_memory(
         targets: scored positions among them; default all.
         activation_bytes: 4 in float32, 2 in bfloat16 and float16.
         checkpointing: `model.gradient_checkpointing`.
+        device: kind of the device that it will train on.
     """
     by_rule, stored = stack.rule() is not None, stored_bytes(model, stack, optimizer)
     return Estimate(
@@ -124,7 +126,7 @@ def estimate_memory(
         optimizer=stored["optimizer"],
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         activations=0 if by_rule else activation_elements(model, tokens, checkpointing) * activation_bytes,
-        logits=logit_bytes(model, targets or tokens, activation_bytes),
+        logits=logit_bytes(model, targets or tokens, activation_bytes, device),
     )
 
 
@@ -164,7 +166,7 @@ def weight_bytes(model: nn.Module, stack: Stack) -> int:
     return dense + sum(f.get("base_bytes", 0) for f in facts)
 
 
-def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
+def logit_bytes(model: nn.Module, targets: int, activation_bytes: int, device: str = "cpu") -> int:
     """Count the bytes of three float32 tensors per chunk of logits (values, probabilities, gradient) and of hidden states.
 
     A model of images has one logit a label; its states are of any width. A head of tokens that trains keeps the probabilities
@@ -174,8 +176,8 @@ def logit_bytes(model: nn.Module, targets: int, activation_bytes: int) -> int:
     tokens = getattr(config, "vocab_size", None)
     vocabulary, head = int(tokens or config.num_labels), pretrained(model).get_output_embeddings() if tokens else None
     trained = head is not None and any(p.requires_grad for p in head.parameters(recurse=False))
-    chunk = min(targets, chunk_rows(vocabulary))
-    kept = min(targets, KEPT_CHUNKS * chunk_rows(vocabulary)) if trained else chunk
+    rows = chunk_rows(vocabulary, device)
+    chunk, kept = min(targets, rows), min(targets, (KEPT_CHUNKS if trained else 1) * rows)
     width = getattr(config, "hidden_size", 0)
     return 4 * (kept + 2 * chunk) * vocabulary + targets * (width if isinstance(width, int) else 0) * activation_bytes
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llmrecipe.core.device_profile import kept_profiles, profile_of, use
 from llmrecipe.core.errors import LlmRecipeError, ModelError
 from llmrecipe.data import order
 from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.engine.forward import Engine
-from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.row_reading import RowReading
 from llmrecipe.methods._base.method import Wrapper
@@ -92,9 +92,10 @@ def predict_pass(
     objective.read_folder(recipe.model)
     objective.check(recipe, data)
     stack = build_run.stack_for(objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
-    _refuse(recipe, objective, stack, chosen)
+    _refuse(recipe, objective, stack, chosen, device)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _stopped(), torch.random.fork_rng(devices=[]):
+    with _stopped(), torch.random.fork_rng(devices=[]), kept_profiles():
+        use(replace(profile_of(device), kind="cpu"))
         model: Any = build_run.on_meta(recipe, objective, stack, labels, device, chosen.structures if chosen else None)
         stack.before_step(model, 0)
         prepare_for_training(model, recipe.model)
@@ -112,7 +113,7 @@ def predict_pass(
     return max(found, key=lambda one: one.kept)
 
 
-def _refuse(recipe: Recipe, objective: Objective, stack: Stack, chosen: StackChoices | None) -> None:
+def _refuse(recipe: Recipe, objective: Objective, stack: Stack, chosen: StackChoices | None, device: str) -> None:
     """Refuse recipes whose first update depends on what does not exist yet, or is computed where it cannot be followed."""
     waiting = [w.name for w in stack if w.chooses()]
     by_values = [w.name for w in stack if w.held_by_values]
@@ -120,7 +121,7 @@ def _refuse(recipe: Recipe, objective: Objective, stack: Stack, chosen: StackCho
         "the policy writes the rows it is trained on": objective.samples,
         "the model writes the answers that are scored": objective.generates() and not objective.samples,
         "rows of a stream have not been read": recipe.data.streaming,
-        "what a compiled model keeps is its compiler's choice": recipe.model.compile,
+        "what a compiled model keeps is its compiler's choice": profile_of(device).compile,
         f"{', '.join(waiting)} will choose from data or weights": waiting and chosen is None,
         f"what {', '.join(by_values)} keeps depends on the values of weights": by_values,
         "layers of this family compute attention in a way of their own": _bypassed(recipe, objective),
@@ -187,8 +188,7 @@ def _roles(recipe: Recipe, objective: Objective, stack: Stack, model: LanguageMo
     dtype = build_run.compute_dtype(recipe.model.dtype, model.stored_dtype, device)
     engine = Engine(model, build_run.autocast_of(dtype, stack))
     packed = recipe.data.packing != "off" and not engine.is_pair_model and isinstance(input_embedding(model), nn.Embedding)
-    batch, tokenizer = recipe.batch, open_model.tokenizer_of(recipe.model, recipe.tokenizer)
-    tokens = batch.tokens or (None if batch.micro else micro_tokens(torch.device(device)))
-    roles = Roles(engine, stack, tokenizer, torch.device("cpu"), packed, batch.micro, tokens)
+    tokenizer, tokens = open_model.tokenizer_of(recipe.model, recipe.tokenizer), profile_of(device).micro_tokens
+    roles = Roles(engine, stack, tokenizer, torch.device("cpu"), packed, recipe.batch.micro, tokens)
     roles.seed, roles.max_length = recipe.seed, recipe.data.max_length
     return roles

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data import order
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from llmrecipe.core.device_profile import Profile
     from llmrecipe.data.prepare import SplitRows
     from llmrecipe.data.token_data import TokenData
     from llmrecipe.engine.role_models import Roles
@@ -161,6 +163,11 @@ class RunState:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer."""
         return self.loaded.tokenizer
+
+    @property
+    def profile(self) -> Profile:
+        """Return what the run's device computes by."""
+        return profile_of(self.runtime.device)
 
     @cached_property
     def plan(self) -> BatchPlan:

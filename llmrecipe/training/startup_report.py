@@ -14,6 +14,7 @@ from llmrecipe.methods._base.stack import base_parameters, kind_name
 from llmrecipe.models.tokenizer_training import training_facts
 from llmrecipe.recipe.explain import explain
 from llmrecipe.recipe.yaml_file import dotted
+from llmrecipe.training.run_profile import PART, described_profile
 from llmrecipe.training.weight_changes import change_tables
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def announce(run: RunState) -> None:
         f"run: {run.steps} steps of {rows_text(len(run.data), run.recipe.batch.size)}{warmup_text(run.recipe.batch)}, "
         f"{'packed' if run.roles.packing else 'padded'}, "
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
+        described_profile(run),
     ]
     for line in lines:
         say_progress(line)
@@ -95,6 +97,7 @@ def run_facts(run: RunState) -> dict[str, Any]:
             "names": {n: list(p.shape) for n, p in trained.items()},
         },
         "packed": run.roles.packing,
+        PART: run.profile.to_dict(),
         "steps": run.steps,
     }
 

@@ -29,7 +29,7 @@ def reference(hidden: torch.Tensor, target: torch.Tensor, head: nn.Linear, post:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("post", [Post(), Post(0.5), Post(cap=3.0), Post(2.0, 5.0)], ids=str)
 def test_value_and_gradient_equal_float64(trained: bool, bias: bool, post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * 50 * 16)  # several chunks of 16 rows
+    monkeypatch.setattr(logprob, "chunk_rows", lambda vocabulary, device: 16)  # several chunks of 16 rows
     torch.manual_seed(0)
     head = nn.Linear(12, 50, bias=bias)
     head.requires_grad_(trained)
@@ -55,7 +55,7 @@ def test_value_and_gradient_equal_float64(trained: bool, bias: bool, post: Post,
 def test_the_normalizer_has_its_gradient(
     trained: bool, rows: int, post: Post, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * 50 * 16)
+    monkeypatch.setattr(logprob, "chunk_rows", lambda vocabulary, device: 16)
     monkeypatch.setattr(logprob, "KEPT_CHUNKS", kept)
     torch.manual_seed(0)
     head = nn.Linear(12, 50).double().requires_grad_(trained)
@@ -88,7 +88,7 @@ def test_what_is_left_of_a_probability_near_one_is_exact(trained: bool, grad: bo
 
 
 def test_without_gradients_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob, "CHUNK_BYTES", 4 * 50 * 16)
+    monkeypatch.setattr(logprob, "chunk_rows", lambda vocabulary, device: 16)
     torch.manual_seed(0)
     head, hidden, target = nn.Linear(12, 50), torch.randn(41, 12), torch.randint(0, 50, (41,))
     with_graph = token_logprobs(hidden, target, head)

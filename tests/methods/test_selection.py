@@ -66,7 +66,7 @@ def test_calls_in_chunks_are_one_gradient(monkeypatch: pytest.MonkeyPatch):
     model = tiny_model("llama").double()
     weights = base_weights(model, "head")
     whole = selection.score_entries(model, language_probe(model), weights, 2)
-    monkeypatch.setattr(logprob, "chunk_rows", lambda _: 2)
+    monkeypatch.setattr(logprob, "chunk_rows", lambda width, device: 2)
     parts = selection.score_entries(model, language_probe(model), weights, 2)
     torch.testing.assert_close(parts["lm_head.weight"], whole["lm_head.weight"], rtol=1e-10, atol=1e-16)
 

@@ -109,7 +109,7 @@ def test_chunks_change_nothing(options: dict[str, Any], monkeypatch: pytest.Monk
     roles = two_models()
     roles.tokenizer = word_tokenizer()
     whole = loss_and_gradients(Distill(**options), roles)
-    monkeypatch.setattr(logprob, "chunk_rows", lambda width: 16)
+    monkeypatch.setattr(logprob, "chunk_rows", lambda width, device: 16)
     pieces = loss_and_gradients(Distill(**options), roles)
     torch.testing.assert_close(pieces[0], whole[0])
     for name, value in whole[1].items():

@@ -14,13 +14,14 @@ from torch import nn
 
 from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
+from llmrecipe.core.device_profile import TABLE
 from llmrecipe.core.errors import ProofError
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.training.checksum import CHUNK, checksums, integer_view
+from llmrecipe.training.checksum import checksums, integer_view
 from llmrecipe.training.dry_run import check
 from llmrecipe.training.first_update import FirstUpdate
 from llmrecipe.training.measured_memory import MemoryMeter
@@ -74,7 +75,7 @@ def test_a_checksum_is_the_weighted_sum_of_its_words() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.bool])
 def test_any_entry_and_any_exchange_shows(dtype: torch.dtype) -> None:
     """Also beyond the first chunk, and in sizes that are no multiple of eight bytes."""
-    count = 8 * CHUNK["cpu"] + 5
+    count = 8 * TABLE["cpu"].words + 5
     value = (torch.arange(count) % 7 < 3).to(dtype)
     (before,) = checksums([value])
     for place in (0, 1, count // 2, count - 1):

@@ -1,4 +1,4 @@
-"""AdamW, torch's fused kernel."""
+"""AdamW."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.core.registry import register
-from llmrecipe.optim.optimizer import Optimizer, numel
+from llmrecipe.optim.optimizer import Optimizer, kernel_flags, numel
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class AdamW(Optimizer):
         """See `Optimizer.build`."""
         from torch.optim import AdamW as TorchAdamW
 
-        return TorchAdamW(params, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+        return TorchAdamW(params, betas=(self.beta1, self.beta2), eps=self.eps, **kernel_flags(params))
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of two running averages in 32 bits and a step counter."""

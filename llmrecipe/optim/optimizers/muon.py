@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
-from llmrecipe.optim.optimizer import Optimizer, joint_optimizer, numel
+from llmrecipe.optim.optimizer import Optimizer, joint_optimizer, kernel_flags, numel
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ class Muon(Optimizer):
                 )
             )
         if rest:
-            parts.append(TorchAdamW(rest, betas=(self.beta1, self.beta2), fused=True))
+            parts.append(TorchAdamW(rest, betas=(self.beta1, self.beta2), **kernel_flags(rest)))
         return joint_optimizer(parts)
 
     def state_bytes(self, shape: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.core.registry import register
-from llmrecipe.optim.optimizer import Optimizer, numel
+from llmrecipe.optim.optimizer import Optimizer, kernel_flags, numel
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,8 @@ class RMSprop(Optimizer):
         """See `Optimizer.build`."""
         from torch.optim import RMSprop as TorchRMSprop
 
-        return TorchRMSprop(params, alpha=self.alpha, eps=self.eps, momentum=self.momentum, foreach=True)
+        flags = kernel_flags(params, instead={"foreach": True})
+        return TorchRMSprop(params, alpha=self.alpha, eps=self.eps, momentum=self.momentum, **flags)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of one 32-bit running average, a second buffer with momentum, and a step counter."""

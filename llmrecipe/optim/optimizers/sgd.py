@@ -9,7 +9,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import NonNegativeFloat, OpenFraction, PositiveFloat
 from llmrecipe.core.registry import register
 from llmrecipe.models.sharded import is_sharded
-from llmrecipe.optim.optimizer import Optimizer, numel
+from llmrecipe.optim.optimizer import Optimizer, kernel_flags, numel
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,9 @@ class SGD(Optimizer):
         if self.nesterov and not self.momentum:
             raise RecipeError("optim.nesterov: needs optim.momentum > 0")
         # The fused kernel has no form for parameters that processes divide.
-        fused = not any(is_sharded(parameter) for group in params for parameter in group["params"])
-        return TorchSGD(params, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
+        divided = any(is_sharded(parameter) for group in params for parameter in group["params"])
+        flags = kernel_flags(params, instead={"fused": False} if divided else None)
+        return TorchSGD(params, momentum=self.momentum, nesterov=self.nesterov, **flags)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of one 32-bit buffer with momentum, 0 without."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.counter_rng import uniform
 from llmrecipe.methods.selective._engines.sparse_delta import Weight
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def cache_parts(flat: Tensor) -> Iterator[slice]:
     """Yield the entries that are worked on at once: on a CPU as many as stay in its cache."""
-    size = 1 << 16 if flat.device.type == "cpu" else 1 << 22
+    size = profile_of(flat.device).decided.entries
     yield from (slice(first, first + size) for first in range(0, flat.numel(), size))
 
 

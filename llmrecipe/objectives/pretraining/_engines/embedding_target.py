@@ -37,7 +37,8 @@ def squared_errors(states: Tensor, target: Tensor, table: Tensor) -> Tensor:
 def nearest_rows(states: Tensor, table: Tensor) -> Tensor:
     """Return the row of a table (V, D) that is nearest to each state, (N,), in chunks."""
     norms = table.square().sum(-1)
-    found = [(norms - 2.0 * part @ table.T).argmin(-1) for part in upcast(states).split(chunk_rows(len(table)))]
+    size = chunk_rows(len(table), states.device)
+    found = [(norms - 2.0 * part @ table.T).argmin(-1) for part in upcast(states).split(size)]
     return torch.cat(found)
 
 

@@ -1,0 +1,193 @@
+"""The device profile: how a device computes what a recipe says, decided in one place and never changing what is computed.
+
+    micro-batch      tokens that go through the model at once: on a GPU by its memory
+    logits           positions whose logits exist at once: on a CPU as many as its last cache holds; on a GPU by free memory,
+                     and where that allows as many as keep it busy, because the head's weight is read once for each chunk
+    packed rows      routes of attention in the order they are tried (see `models.packed_attention`)
+    compile          whether blocks are compiled
+    optimizer        torch's implementation of a step: one kernel for all tensors, one a list, or one a tensor
+    entries, words   entries of a tensor, and 64-bit words of a checksum, that are worked on at once
+
+Numbers agree over profiles up to rounding. A run decides once, stores what it decided and uses it again when it is resumed; a
+key of the recipe overrides what it names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1 << 30
+TOKEN_BYTES = 5 << 20
+"""Bytes of a GPU's memory for each token of a micro-batch."""
+MICRO_TOKENS = (1024, 8192)
+"""Fewest and most tokens of a micro-batch on a GPU whose memory is known."""
+LOGIT_SHARE, LOGIT_LIMIT = 128, 16
+"""Size of one chunk of logits as a part of a GPU's free memory, 1/128; for the rows that keep the device busy up to 1/16."""
+LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is known of a device."""
+
+    kind: str
+    """Its type in torch."""
+    name: str = ""
+    memory: int = 0
+    """Bytes; 0 where it is unknown, or decides nothing."""
+    free: int = 0
+    """Bytes of it that are free."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a device decides where no key does."""
+
+    micro_tokens: int = 8192
+    logit_bytes: int = 16 << 20
+    """Size of one chunk of float32 logits."""
+    logit_rows: int = LEAST_ROWS
+    """Rows of a chunk below which the device is not busy."""
+    logit_limit: int = 0
+    """Bytes that a chunk does not exceed for the sake of them; 0 without a limit."""
+    packed_attention: tuple[str, ...] = ("loop",)
+    compile: bool = False
+    optimizer: str = "foreach"
+    entries: int = 1 << 22
+    words: int = 1 << 21
+
+
+TABLE: Mapping[str, Decisions] = {
+    # Twice as many tokens win a CPU 1 % in float32 and 6 % in bfloat16, and hold twice the activations.
+    "cpu": Decisions(micro_tokens=512, optimizer="fused", entries=1 << 16, words=1 << 15),
+    "cuda": Decisions(logit_rows=1024, packed_attention=("varlen", "flash", "flex", "loop"), optimizer="fused"),
+    "mps": Decisions(optimizer="fused"),
+}
+"""Decisions by the kind of the device, before its memory is looked at; other kinds have the defaults."""
+
+
+def decide(facts: DeviceFacts) -> Decisions:
+    """Return what a device decides."""
+    found = TABLE.get(facts.kind, Decisions())
+    if facts.memory:
+        tokens = 1 << max(0, (facts.memory // TOKEN_BYTES).bit_length() - 1)
+        found = replace(found, micro_tokens=min(max(tokens, MICRO_TOKENS[0]), MICRO_TOKENS[1]))
+    if facts.free:
+        found = replace(found, logit_bytes=facts.free // LOGIT_SHARE, logit_limit=facts.free // LOGIT_LIMIT)
+    return found
+
+
+def facts_of(device: torch.device | str) -> DeviceFacts:
+    """Measure a device: name and memory of a GPU; a CPU decides by its kind alone."""
+    import torch
+
+    place = torch.device(device)
+    if place.type != "cuda" or not torch.cuda.is_available():
+        return DeviceFacts(place.type)
+    free, memory = torch.cuda.mem_get_info(place)
+    return DeviceFacts("cuda", torch.cuda.get_device_name(place), memory, free)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device has decided, and what keys of the recipe set instead."""
+
+    kind: str
+    name: str
+    decided: Decisions
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """Value by the name of a decision (see `recipe.profile_keys`)."""
+
+    @property
+    def micro_tokens(self) -> int | None:
+        """Return the most tokens of a micro-batch; None where it is cut by rows."""
+        return cast("int | None", self._value("micro_tokens"))
+
+    @property
+    def packed_attention(self) -> tuple[str, ...]:
+        """Return the routes of packed rows that are tried."""
+        return cast("tuple[str, ...]", self._value("packed_attention"))
+
+    @property
+    def compile(self) -> bool:
+        """Return whether the model is compiled."""
+        return bool(self._value("compile"))
+
+    @property
+    def optimizer(self) -> str:
+        """Return torch's implementation of an optimizer: fused, foreach or single."""
+        return str(self._value("optimizer"))
+
+    def logit_rows(self, vocabulary: int) -> int:
+        """Return the number of positions whose float32 logits (V,) are formed at once."""
+        if "logit_rows" in self.chosen:
+            return int(self.chosen["logit_rows"])
+        own, width = self.decided, 4 * max(1, vocabulary)
+        rows = max(own.logit_rows, own.logit_bytes // width)
+        return max(LEAST_ROWS, min(rows, own.logit_limit // width) if own.logit_limit else rows)
+
+    def with_choices(self, chosen: Mapping[str, Any]) -> Profile:
+        """Return the profile with what keys set in the place of what they set before."""
+        return replace(self, chosen=dict(chosen))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as JSON."""
+        return {"kind": self.kind, "name": self.name, "decided": asdict(self.decided), "chosen": dict(self.chosen)}
+
+    def _value(self, name: str) -> object:
+        return self.chosen[name] if name in self.chosen else getattr(self.decided, name)
+
+
+def profile_from(stored: Mapping[str, Any]) -> Profile:
+    """Return the profile that `Profile.to_dict` stored, without what keys had set.
+
+    Raises:
+        ValueError: a value is none of its kind. A decision that is not known here is left out, one that is missing is that of
+            the table.
+    """
+    kind, name, known = stored["kind"], stored["name"], stored["decided"]
+    if not (isinstance(kind, str) and isinstance(name, str) and isinstance(known, Mapping)):
+        raise ValueError("its device has no name")
+    table = TABLE.get(kind, Decisions())
+    found: dict[str, Any] = {}
+    for key, default in asdict(table).items():
+        value = known.get(key, default)
+        value = tuple(value) if isinstance(value, list) else value
+        if type(value) is not type(default) or (type(value) is int and value < 0):
+            raise ValueError(f"its device profile has {key}={value!r:.60}")
+        found[key] = value
+    return Profile(kind, name, Decisions(**found))
+
+
+_in_use: dict[str, Profile] = {}
+
+
+def profile_of(device: torch.device | str) -> Profile:
+    """Return the profile in use for devices of a kind: that of the run, or what the device decides by itself."""
+    kind = device if isinstance(device, str) else device.type
+    if kind not in _in_use:
+        facts = facts_of(device)
+        _in_use[kind] = Profile(kind, facts.name, decide(facts))
+    return _in_use[kind]
+
+
+def use(profile: Profile) -> None:
+    """Compute on devices of its kind by a profile from here on (see `kept_profiles`)."""
+    _in_use[profile.kind] = profile
+
+
+@contextlib.contextmanager
+def kept_profiles() -> Iterator[None]:
+    """Restore, on exit, the profiles in use."""
+    known = dict(_in_use)
+    try:
+        yield
+    finally:
+        _in_use.clear()
+        _in_use.update(known)

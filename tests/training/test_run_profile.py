@@ -1,0 +1,111 @@
+"""The device profile of a run: one line at its start, its place in `report.json`, and what a resume makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrecipe.core import device_profile
+from llmrecipe.core.device_profile import DeviceFacts
+from llmrecipe.core.errors import RunError
+from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.profile_keys import KEYS, choices, profile_for, profile_line
+from llmrecipe.training.run_profile import PART, decided_profile, stored_profile
+from tests.trainings import curve, resume, stop_after, train_recipe
+
+SMALL = [
+    "steps=2",
+    "batch.size=4",
+    "data.limit=8",
+    "data.max_length=48",
+    "eval.at_start=false",
+    "eval.batches=1",
+    "save.every=1",
+]
+GPU = DeviceFacts("cuda", "a GPU", 24 << 30, 20 << 30)
+
+
+def recipe(*overrides: str) -> Any:
+    return compose("sft_lora", list(overrides)).recipe
+
+
+def test_every_decision_has_a_key() -> None:
+    assert not choices(recipe())
+    given = ["batch.tokens=64", "runtime.logit_rows=9", "model.packed_attention=loop", "model.compile=true"]
+    found = choices(recipe(*given, "runtime.optimizer_kernel=single"))
+    assert found == {
+        "micro_tokens": 64,
+        "logit_rows": 9,
+        "packed_attention": ("loop",),
+        "compile": True,
+        "optimizer": "single",
+    }
+    assert found.keys() == KEYS.keys()
+
+
+def test_a_cut_by_rows_takes_the_place_of_the_cut_by_tokens() -> None:
+    assert profile_for(recipe("batch.micro=2"), "cpu").micro_tokens is None
+    assert profile_for(recipe("batch.micro=2", "batch.tokens=64"), "cpu").micro_tokens == 64
+
+
+def test_the_line_names_the_keys_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = recipe()
+    assert profile_line(profile_for(own, "cpu"), own, 32_000, ("loop",)) == (
+        "device: cpu; micro-batches of at most 512 tokens, logits of 131 positions at once, packed attention by loop, "
+        "compile off, fused optimizer"
+    )
+    monkeypatch.setattr(device_profile, "facts_of", lambda device: GPU)
+    own = recipe("batch.micro=2", "runtime.logit_rows=2000", "model.compile=true")
+    assert profile_line(profile_for(own, "cuda"), own, None, ()) == (
+        "device: a GPU; micro-batches of at most 2 rows (batch.micro), compile on (model.compile), fused optimizer"
+    )
+    own = recipe("runtime.logit_rows=2000")
+    assert profile_line(profile_for(own, "cuda"), own, 128_256, ("flex", "loop")) == (
+        "device: a GPU; micro-batches of at most 4,096 tokens, logits of 2,000 positions at once (runtime.logit_rows), "
+        "packed attention by flex or loop, compile off, fused optimizer"
+    )
+
+
+def test_a_run_says_and_keeps_its_profile_and_a_resume_uses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stored size of micro-batches holds in the rest of the run, where the table has another one."""
+    train_recipe(tmp_path / "whole", "sft_lora", *SMALL)
+    assert len(re.findall(r"^device: cpu; micro-batches", capsys.readouterr().out, re.MULTILINE)) == 1
+    run = tmp_path / "run"
+    stop_after(1, run, "sft_lora", *SMALL)
+    report = json.loads((run / "report.json").read_text())
+    assert report[PART]["decided"]["micro_tokens"] == 512
+    report[PART]["decided"]["micro_tokens"] = 100
+    (run / "report.json").write_text(json.dumps(report))
+    capsys.readouterr()
+    again = resume(run)
+    assert again.roles.micro_tokens == 100
+    assert "micro-batches of at most 100 tokens" in capsys.readouterr().out
+    assert json.loads((run / "report.json").read_text())[PART]["decided"]["micro_tokens"] == 100
+    for (_, loss, *_), (_, wanted, *_) in zip(curve(run), curve(tmp_path / "whole"), strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-4)
+
+
+def test_another_device_decides_again_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = recipe()
+    stored = profile_for(own, "cpu").to_dict()
+    stored["decided"]["micro_tokens"] = 100
+    (tmp_path / "report.json").write_text(json.dumps({PART: stored}))
+    monkeypatch.setattr(device_profile, "facts_of", lambda device: GPU)
+    assert decided_profile(own, "cuda", tmp_path).micro_tokens == 4096  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "device: the run began on cpu and continues on a GPU, which decides again\n"
+
+
+def test_a_run_without_a_profile_decides_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    assert stored_profile(tmp_path) is None
+    (tmp_path / "report.json").write_text("{}")
+    assert stored_profile(tmp_path) is None
+    for damaged in ('{"kind": 1}', "[]", '{"kind": "cpu", "name": "", "decided": {"words": "x"}}'):
+        (tmp_path / "report.json").write_text(f'{{"profile": {damaged}}}')
+        with pytest.raises(RunError, match=r"report\.json: profile: .*take it out"):
+            stored_profile(tmp_path)
