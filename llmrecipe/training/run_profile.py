@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrecipe.core.console import say
+from llmrecipe.core.console import say_progress
 from llmrecipe.core.device_profile import Profile, profile_from, profile_of
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.models.packed_attention import routes_of
@@ -36,7 +36,7 @@ def decided_profile(recipe: Recipe, device: torch.device, resume: Path | None, s
     found = profile_for(recipe, device, known)
     if known is not None and speaks and (known.kind, known.name) != (found.kind, found.name):
         before, now = (profile.name or profile.kind for profile in (known, found))
-        say(f"device: the run began on {before} and continues on {now}, which decides again")
+        say_progress(f"device: the run began on {before} and continues on {now}, which decides again")
     return found
 
 
