@@ -24,7 +24,7 @@ from llmrecipe.evaluation.leaderboard_table import (
     rank,
     read_entries,
 )
-from llmrecipe.evaluation.paired_differences import compare_rows, difference_column, student
+from llmrecipe.evaluation.paired_differences import compare_rows, difference_column, t_quantile
 from llmrecipe.runs.run_record import seconds_of
 
 SFT: dict[str, Any] = {"objective": {"kind": "sft"}, "stack": {}, "seed": 0, "optim": {"lr": 0.1}}
@@ -186,9 +186,9 @@ def test_a_row_is_compared_with_the_baseline_seed_by_seed() -> None:
 
 
 def test_quantiles_go_on_where_the_table_ends() -> None:
-    assert student(1) == 12.706205 and student(20) == 2.085963
+    assert t_quantile(1) == 12.706205 and t_quantile(20) == 2.085963
     # 2.0796 at 21, 2.0086 at 50 and 1.9600 without end, as tables of Student's t have them.
-    assert [student(n) for n in (21, 50, 10**6)] == pytest.approx([2.0796, 2.0086, 1.96], abs=1e-3)
+    assert [t_quantile(n) for n in (21, 50, 10**6)] == pytest.approx([2.0796, 2.0086, 1.96], abs=1e-3)
 
 
 def test_the_table_shows_spread_where_there_are_seeds_and_a_dash_where_there_is_no_number() -> None:

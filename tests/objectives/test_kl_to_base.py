@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_the_formula_in_float64(
     kind: str, packing: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of logits that plain calls of both models give, in chunks that are computed again in the backward pass."""
-    monkeypatch.setattr("llmrecipe.engine.logprob.chunk_rows", lambda vocabulary: 2)
+    monkeypatch.setattr("llmrecipe.engine.logprob.chunk_rows", lambda vocabulary, device: 2)
     model: Any = tiny_model().double()
     base = copy.deepcopy(model)
     stack = Stack(wrappers(kind))

@@ -124,7 +124,7 @@ def test_a_sweep_is_a_grid_search_with_one_table(lab: Lab, capsys: pytest.Captur
 
 def test_each_sweep_has_a_folder_of_its_own(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    monkeypatch.setattr("llmrecipe.cli.search.run_search", lambda recipe, words: given.append(words))
+    monkeypatch.setattr("llmrecipe.cli.search.run_search", lambda recipe, words, *_: given.append(words))
     for words in (["seed=1,2"], ["seed=1,2"], ["seed=1,3"], ["seed=1,2", "run.dir=here"]):
         assert app.run_command(["train", "-m", "recipe=mine", *words]) == 0
     folders = [compose("mine", words).recipe.run.dir for words in given]

@@ -62,9 +62,9 @@ def test_every_key_of_the_schema_is_read_by_the_work(section: str, name: str) ->
     readers = [p.relative_to(PACKAGE).as_posix() for p in WORK if name in attributes(p)]
     # `split` of the data decides by name which of the two keys it reads.
     readers += ["data/formats/sources.py"] if section == "data" and name in ("validation", "test") else []
-    # Sizes of the mesh and the backend decide what is refused before any work.
-    rules = PACKAGE / "recipe" / "sharding_rules.py"
-    readers += [rules.name] if section == "runtime" and name in attributes(rules) else []
+    # Sizes of the mesh and the backend decide what is refused before any work; keys of the device profile are read for it.
+    rules = [PACKAGE / "recipe" / f"{rule}.py" for rule in ("sharding_rules", "profile_keys")]
+    readers += [path.name for path in rules if section == "runtime" and name in attributes(path)]
     assert readers, f"{section}.{name} is accepted and read by nothing"
 
 

@@ -91,7 +91,7 @@ def test_no_pass_of_a_calibration_is_larger_than_one_of_training(
 def test_progress_is_shown_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     now, lines = [0.0], []
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(console, "say", lines.append)
+    monkeypatch.setattr(console, "say_progress", lines.append)
     for _ in console.counted(range(6), "calibration", 6):
         now[0] += 3.0
     assert lines == ["calibration: 2 of 6", "calibration: 4 of 6"]

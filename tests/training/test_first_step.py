@@ -129,7 +129,7 @@ def run_of(model: nn.Module, stack: Stack | None = None, elsewhere: float = 0.0,
     run = SimpleNamespace(
         model=model, stack=stack or Stack([]), runtime=runtime, optimizer=optimizer, unused=True, said=said,
         progress=SimpleNamespace(step=0), events=SimpleNamespace(warning=said.append),
-        recipe=SimpleNamespace(model=SimpleNamespace(compile=False)),
+        profile=SimpleNamespace(compile=False),
     )  # fmt: skip
     run.step_context = lambda: run
     return run

@@ -169,7 +169,7 @@ def run_of(model: nn.Module, optimizer: Any, rate: float = 0.1, others: Any = ()
     )
     run = SimpleNamespace(
         model=model, stack=[], runtime=runtime, optimizer=optimizer, progress=SimpleNamespace(step=0), learning_rate=rate,
-        meter=MemoryMeter(), recipe=SimpleNamespace(model=SimpleNamespace(compile=True)),
+        meter=MemoryMeter(), profile=SimpleNamespace(compile=True),
     )  # fmt: skip
     return run
 

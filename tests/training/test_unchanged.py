@@ -110,7 +110,7 @@ def test_rows_of_a_step_are_counted_as_they_are(rows: int, size: int, text: str)
 
 def test_the_report_says_the_rows_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("llmrecipe.training.startup_report.say", said.append)
+    monkeypatch.setattr("llmrecipe.training.startup_report.say_progress", said.append)
     run: Run = train_recipe(tmp_path / "run", "sft_lora", *SHORT, "steps=1", "batch.size=16")
     line = next(text for text in said if text.startswith("run: "))
     assert "1 steps of 8 rows," in line
