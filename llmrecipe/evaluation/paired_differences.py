@@ -24,11 +24,11 @@ QUANTILES = (
 """0.975 quantile of Student's t with 1, 2, ... degrees of freedom."""
 
 
-def student(freedom: int) -> float:
+def t_quantile(freedom: int) -> float:
     """Return the 0.975 quantile of Student's t, beyond the table to 1e-3 by the first terms of its expansion.
 
     Examples:
-        >>> student(2), round(student(30), 3)
+        >>> t_quantile(2), round(t_quantile(30), 3)
         (4.302653, 2.042)
     """
     if freedom <= len(QUANTILES):
@@ -51,7 +51,7 @@ def paired_interval(first: dict[int, float], second: dict[int, float]) -> tuple[
     count = len(differences)
     if count == 1:
         return differences[0], None
-    return statistics.fmean(differences), student(count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return statistics.fmean(differences), t_quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
 
 
 def baseline_row(rows: Sequence[LeaderboardRow], name: str, where: str) -> LeaderboardRow:
