@@ -59,8 +59,8 @@ TASKS = {
 }  # fmt: skip
 
 LIMITS = """Rates were chosen on validation rows with seed 0. The accuracy row is from the first protocol that was tried. The
-exact match row is from the second: all seeds share one start, and with a start of its own each and 60 steps, seed 0 gained 0.245
-and seed 1 only 0.025. It therefore says that MeZO improves that one start, not that it improves any."""
+exact match row is from the second: all seeds share one start, and with a start of its own each and 60 steps, seed 0 gained
+0.245 and seed 1 only 0.025. It therefore says that MeZO improves that one start, not that it improves any."""
 
 
 def measured(folder: Path, task: Task, seed: int, held: str = "test") -> tuple[float, float]:
