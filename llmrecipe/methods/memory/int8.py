@@ -65,7 +65,7 @@ class Int8(Wrapper):
         adopt(model, layers().Linear8bit, self.skip)
 
     def _make(self, old: nn.Module, weight: Tensor) -> nn.Module:
-        import bitsandbytes as bnb
+        bnb = layers().bnb
 
         rows, columns = weight.shape
         new = layers().Linear8bit(

@@ -92,7 +92,7 @@ class Nf4(Wrapper):
             module.compute_dtype = None if self.compute_dtype == "auto" else getattr(torch, self.compute_dtype)
 
     def _make(self, old: nn.Module, weight: Tensor) -> nn.Module:
-        import bitsandbytes as bnb
+        bnb = layers().bnb
 
         rows, columns = weight.shape
         options: dict[str, Any] = {
