@@ -36,7 +36,7 @@ class DiffPruning(GatePhase, Wrapper):
     (w = 0). Merging is possible after phase 2. The change of phase goes through the run's rebuild; resume works in each.
 
     Phase 1 also costs time that no number of tokens lowers: noise, gates, sum, penalty and the optimizer's pass over alpha,
-    once a step for every weight. A step of 1,024 tokens takes about 1.9 times one of full fine-tuning, a step of 128 about 4
+    once a step for every weight. A step of 1,024 tokens takes about 1.7 times one of full fine-tuning, a step of 128 about 3.4
     times (one CPU core, float32, 1.7 M weights); with more tokens a step, in one or many micro-batches, it weighs less.
 
     With optim.lr 5e-5 the scales give the paper's rates: 1e-5 for w, 0.1 for alpha, 5e-5 in phase 3. `adaptive: false` is the
