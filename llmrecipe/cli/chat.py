@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import print_json, say
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.printable import printable
-
-if TYPE_CHECKING:
-    pass
 
 PANEL = "Use"
 ORDER = 2

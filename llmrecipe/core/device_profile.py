@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     import torch
 
-GIB = 1 << 30
 TOKEN_BYTES = 5 << 20
 """Bytes of a GPU's memory for each token of a micro-batch."""
 MICRO_TOKENS = (1024, 8192)
@@ -131,10 +130,6 @@ class Profile:
         own, width = self.decided, 4 * max(1, vocabulary)
         rows = max(own.logit_rows, own.logit_bytes // width)
         return max(LEAST_ROWS, min(rows, own.logit_limit // width) if own.logit_limit else rows)
-
-    def with_choices(self, chosen: Mapping[str, Any]) -> Profile:
-        """Return the profile with what keys set in the place of what they set before."""
-        return replace(self, chosen=dict(chosen))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as JSON."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from llmrecipe.core.errors import UserError
@@ -10,10 +10,10 @@ from llmrecipe.core.forward_context import Context
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
 from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.generation import answered, generate
-from llmrecipe.engine.sampling import Sampling
+from llmrecipe.engine.sampling import Report, Sampling
 from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.evaluation.open_several import REQUESTED, open_several
-from llmrecipe.evaluation.serving.text_stream import TextStream
+from llmrecipe.evaluation.serving.text_stream import TextStream, cleans_spaces
 from llmrecipe.interop.multi_adapter import Adapters, task_adapters
 from llmrecipe.runs.open_model import LoadedModel
 from llmrecipe.runtime.processes import pick_device
@@ -87,6 +87,22 @@ class Chat:
         ends = answer_ends(self.loaded.model, self.loaded.tokenizer, self.sampling)
         return [ends.text(ids) for ids in new]
 
+    def decoded(
+        self, prompt: list[int], name: str, sampling: Sampling, key: int, report: Report
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield the tokens of the answer to one prompt under an adapter, as `engine.generation.answered`.
+
+        Args:
+            name: of the adapter; not read where there is one model.
+            key: name of the answer's random stream.
+            report: called with each new token.
+        """
+        context, tasks = Context(), None
+        if self.adapters is not None:
+            off, _, tasks = self.adapters.groups([name])[0]
+            context = Context(off=off)
+        return answered(self.loaded.model, self.loaded.tokenizer, [prompt], sampling, context, tasks, [key], report)
+
     def streamed(self, text: str, emit: Callable[[str], None]) -> str:
         """Return the model's answer to one more user turn, which is remembered; `emit` gets its text piece by piece."""
         tokenizer, ends = self.loaded.tokenizer, answer_ends(self.loaded.model, self.loaded.tokenizer, self.sampling)
@@ -94,7 +110,7 @@ class Chat:
         stream = TextStream(
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             self.sampling.stop,
-            bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+            cleans_spaces(tokenizer),
             stripped=True,
         )
 
@@ -102,13 +118,8 @@ class Chat:
             if token not in ends.tokens and (piece := stream.feed(token)):
                 emit(piece)
 
-        context, tasks = Context(), None
-        if self.adapters is not None:
-            off, _, tasks = self.adapters.groups(self.used[:1])[0]
-            context = Context(off=off)
-        prompts = [self.prompt_ids(turns)]
-        found = answered(self.loaded.model, tokenizer, prompts, self.sampling, context, tasks, [self.attempt], report)
-        answer = ends.text(next(iter(found))[1])
+        found = self.decoded(self.prompt_ids(turns), self.used[0] if self.used else "", self.sampling, self.attempt, report)
+        answer = ends.text(next(found)[1])
         if piece := stream.close():
             emit(piece)
         self.turns = [*turns, {"role": "assistant", "content": answer}]

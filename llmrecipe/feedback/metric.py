@@ -36,6 +36,11 @@ class Metric:
         """Score a prediction against its reference."""
         raise NotImplementedError
 
+    def best(self, prediction: str, references: Sequence[str]) -> float:
+        """Return the best of the scores against each reference, of which there is at least one."""
+        pick = max if self.direction == "max" else min
+        return pick(self.score(prediction, reference) for reference in references)
+
     def readable(self, prediction: str, reference: str) -> bool:
         """Return whether an answer states what the metric wants; `NAME/invalid_rate` is the share of answers that do not.
 
@@ -59,8 +64,7 @@ class Metric:
         Args:
             references: the right answers of the row, at least one.
         """
-        best = max if self.direction == "max" else min
-        return [best(self.score(prediction, reference) for reference in references), 1.0]
+        return [self.best(prediction, references), 1.0]
 
     def total(self, sums: Sequence[float]) -> float:
         """Return the score of several rows from the sums of their statistics, (K,); 0 where there are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from llmrecipe.core import registry
@@ -20,8 +21,8 @@ class TextMetric(Protocol):
     def bounds(self) -> tuple[float, float]:
         """Return the least and the largest score."""
 
-    def score(self, prediction: str, reference: str) -> float:
-        """Score a prediction against its reference."""
+    def best(self, prediction: str, references: Sequence[str]) -> float:
+        """Return the best of the scores against each reference."""
 
 
 def metric_class(name: str, where: str) -> Any:  # noqa: ANN401 (a class of a package above this one)

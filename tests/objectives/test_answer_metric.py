@@ -69,7 +69,7 @@ def test_the_better_bound_is_that_of_the_metrics_direction() -> None:
     batch = with_answers(Sft().collate(rows, roles), rows, roles)
 
     def total(direction: str, bounds: tuple[float, float]) -> float:
-        metric: Any = SimpleNamespace(direction=direction, bounds=bounds, score=TokenF1().score)
+        metric: Any = SimpleNamespace(direction=direction, bounds=bounds, best=TokenF1().best)
         return float(answer_loss(batch, roles, metric, "m", LENGTH).total)
 
     assert total("min", (0.0, 5.0)) == pytest.approx(1.5)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmrecipe.core.errors import UserError, did_you_mean
-from llmrecipe.core.forward_context import Context
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
 from llmrecipe.engine.answer_ends import answer_ends
-from llmrecipe.engine.generation import answered
-from llmrecipe.engine.sampling import Report, Sampling
+from llmrecipe.engine.sampling import Sampling
 from llmrecipe.evaluation.chat import Chat
 from llmrecipe.evaluation.serving.api_error import ApiError
-from llmrecipe.evaluation.serving.text_stream import TextStream
+from llmrecipe.evaluation.serving.text_stream import TextStream, cleans_spaces
 from llmrecipe.models.positions import stated_positions
 from llmrecipe.models.vocabulary import input_embedding
 
@@ -167,8 +165,7 @@ class ServedModel:
             ApiError: the time is up.
         """
         ends = answer_ends(self.chat.loaded.model, self.tokenizer, job.sampling).tokens
-        cleans = bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
-        stream = TextStream(self._text, job.sampling.stop, cleans, job.stripped)
+        stream = TextStream(self._text, job.sampling.stop, cleans_spaces(self.tokenizer), job.stripped)
         reason = LENGTH
 
         def report(_: int, token: int) -> None:
@@ -180,22 +177,14 @@ class ServedModel:
 
         check_wanted(job)
         try:
-            for _ in self._decoded(job, prompt, key, report):
+            # `report` finds stop texts as it decodes, under the lock that the tokenizer needs.
+            for _ in self.chat.decoded(prompt, job.model, replace(job.sampling, stop=()), key, report):
                 pass
         except _AnswerEnded:
             reason = STOP
         if piece := stream.close():
             emit(piece)
         return Ended(reason, len(stream.tokens))
-
-    def _decoded(self, job: AnswerJob, prompt: list[int], key: int, report: Report) -> Iterator[object]:
-        context, tasks = Context(), None
-        if self.chat.adapters is not None:
-            off, _, tasks = self.chat.adapters.groups([job.model])[0]
-            context = Context(off=off)
-        # `report` finds stop texts as it decodes, under the lock that the tokenizer needs.
-        sampling = replace(job.sampling, stop=())
-        return answered(self.chat.loaded.model, self.tokenizer, [prompt], sampling, context, tasks, [key], report)
 
     def _text(self, ids: Sequence[int]) -> str:
         with self._tokenizing:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from llmrecipe.engine.answer_ends import first_stop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"
 """What stands for the first bytes of a character whose other bytes are in the next token."""
 JOINED = len(" n't")
 """Characters behind which a tokenizer that cleans up spaces may still take one away."""
+
+
+def cleans_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer takes spaces away before punctuation when it decodes."""
+    return bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
 
 
 class TextStream:

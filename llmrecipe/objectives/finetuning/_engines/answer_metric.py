@@ -51,7 +51,6 @@ def answer_loss(batch: Batch, roles: Roles, metric: TextMetric, name: str, max_n
     answers = generate(roles.model, roles.tokenizer, prompts, sampling, tasks=tasks)
     ends = answer_ends(roles.model, roles.tokenizer, sampling)
     texts = zip(answers, batch.texts, strict=True)
-    pick, best = (max, metric.bounds[1]) if metric.direction == "max" else (min, metric.bounds[0])
-    found = [pick(metric.score(ends.text(ids), reference) for reference in references) for ids, references in texts]
-    scores = torch.tensor(found, dtype=torch.float64)
+    best = metric.bounds[1 if metric.direction == "max" else 0]
+    scores = torch.tensor([metric.best(ends.text(ids), references) for ids, references in texts], dtype=torch.float64)
     return Loss((best - scores).abs().sum(), {name: (scores.sum(), float(len(prompts)))})
