@@ -8,6 +8,7 @@ mappings in its ConfigStore (`stack/lora` holds `{lora: {kind: lora, ...}}`, `ob
 from __future__ import annotations
 
 import contextvars
+import copy
 import threading
 import warnings
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from llmrecipe.recipe.yaml_file import YamlFile, read_yaml, short
 
 _chain: contextvars.ContextVar[DefaultsChain | None] = contextvars.ContextVar("chain", default=None)
 _lock = threading.Lock()
+_kept: contextvars.ContextVar[dict[Any, Composed] | None] = contextvars.ContextVar("kept", default=None)
 
 
 class _RecipeSource(ConfigSource):
@@ -138,12 +140,36 @@ class Composed:
     origins: Origins
 
 
+@contextmanager
+def kept_merges() -> Iterator[None]:
+    """Merge the same files with the same choices once, as long as the context is open; the files must not change meanwhile.
+
+    The stages of a pipeline's matrix differ in values that are set after the merge, which is most of the time of a composition.
+    """
+    token = _kept.set({} if _kept.get() is None else _kept.get())
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def merge(chain: DefaultsChain, words: list[str]) -> Composed:
     """Merge a defaults chain with the group choices of the command line (`stack=[lora]`, `optim=lion`).
 
     Raises:
         RecipeError: files that contradict each other in shape.
     """
+    kept = _kept.get()
+    if kept is None:
+        return _merge(chain, words)
+    links = tuple((name, link.source.path, repr(link.defaults)) for name, link in chain.links.items())
+    key = (chain.primary.id, links, tuple(words), tuple(registry.plugins()))
+    if key not in kept:
+        kept[key] = _merge(chain, words)
+    return Composed(copy.deepcopy(kept[key].mapping), dict(kept[key].origins))
+
+
+def _merge(chain: DefaultsChain, words: list[str]) -> Composed:
     primary = chain.primary.id
     try:
         with _hydra(chain, words):

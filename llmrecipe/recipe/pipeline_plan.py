@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,8 @@ def plan(pipeline: Composition) -> Plan:
             f"stages: {pipeline.path} is in a run or next to a model, and the overrides of its stages could give rights that "
             "only you can give; read it, and copy it elsewhere to make it a recipe of your own"
         )
+    from llmrecipe.recipe.hydra_compose import kept_merges
+
     _refuse_unused(pipeline)
     stages = in_order(parse_stages(pipeline), pipeline)
     run = pipeline.recipe.run
@@ -112,6 +114,18 @@ def plan(pipeline: Composition) -> Plan:
     if not PLAIN_PATH.fullmatch(str(folder)):
         raise RecipeError(f"run: {folder}: this folder is named in overrides; use letters, digits and . _ - + @ %")
     made = Plan(pipeline.name, folder, notes=list(pipeline.notes))
+    with kept_merges():
+        mistakes = _compose_all(stages, pipeline, made)
+    if mistakes:
+        # Stages written out from one `matrix` share their mistakes.
+        raise RecipeError("\n".join(dict.fromkeys(mistakes)))
+    made.notes.extend(_loose_ends(pipeline, made))
+    made.notes.extend(notes_on_own_rows({s.name: s.mapping for s in made.stages}))
+    return made
+
+
+def _compose_all(stages: Sequence[WrittenStage], pipeline: Composition, made: Plan) -> list[str]:
+    """Add every stage that can be composed to a plan, and return the mistakes of all stages."""
     results: dict[str, Path] = {}
     keys: dict[str, str] = {}
     mistakes: list[str] = []
@@ -125,7 +139,7 @@ def plan(pipeline: Composition) -> Plan:
             keys[stage.name] = key
         except RecipeError as error:
             mistakes += [f"{dotted(stage.at)}{'.' if stage.step else ': '}{line}" for line in str(error).split("\n")]
-            results[stage.name] = folder / stage.name
+            results[stage.name] = made.folder / stage.name
             keys[stage.name] = ""
             continue
         made.notes.extend(f"{stage.name}: {note}" for note in composition.notes)
@@ -144,17 +158,12 @@ def plan(pipeline: Composition) -> Plan:
                     else revalidated(composition, mapping)
                 ),
                 key,
-                folder / f"{stage.name}-{key}",
+                made.folder / f"{stage.name}-{key}",
                 code_of(composition.mapping),
             )
         )
         results[stage.name] = made.stages[-1].result
-    if mistakes:
-        # Stages written out from one `matrix` share their mistakes.
-        raise RecipeError("\n".join(dict.fromkeys(mistakes)))
-    made.notes.extend(_loose_ends(pipeline, made))
-    made.notes.extend(notes_on_own_rows({s.name: s.mapping for s in made.stages}))
-    return made
+    return mistakes
 
 
 def _loose_ends(pipeline: Composition, made: Plan) -> list[str]:

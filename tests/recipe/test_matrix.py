@@ -176,3 +176,24 @@ def test_a_wrong_inherit_is_named_with_what_is_allowed(project: Project, keys: s
 def test_stages_of_a_group_inherit_too(project: Project) -> None:
     text = "steps: 4\nstages: {g: {rounds: 2, stages: {a: {recipe: sft, inherit: [steps]}}}}\n"
     assert [(s.name, s.composition.recipe.steps) for s in planned(project, text).stages] == [("a-1", 4), ("a-2", 4)]
+
+
+def test_stages_that_differ_in_values_are_merged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of a stage are merged once for all seeds and rates, and each stage has a mapping of its own."""
+    from llmrecipe.recipe import hydra_compose
+
+    file = tmp_path / "board.yaml"
+    file.write_text(
+        "stages:\n  sft:\n    matrix: {seed: [0, 1, 2], rate: [1e-3, 1e-4]}\n    recipe: sft_lora\n    seed: '${matrix:seed}'\n"
+        "    optim: {lr: '${matrix:rate}'}\n"
+    )
+    calls: list[list[str]] = []
+    merge = hydra_compose._merge
+    monkeypatch.setattr(hydra_compose, "_merge", lambda chain, words: calls.append(words) or merge(chain, words))
+    made = plan(compose(file))
+    assert len(made.stages) == 6 and len(calls) == 2  # the pipeline's own file, and sft_lora
+    for planned in made.stages:
+        alone = compose("sft_lora", list(planned.words))
+        assert planned.composition.mapping == alone.mapping
+    seeds = [planned.composition.mapping["seed"] for planned in made.stages]
+    assert sorted(seeds) == [0, 0, 1, 1, 2, 2]
