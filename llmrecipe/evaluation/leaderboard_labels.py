@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,12 @@ def recipe_below(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the recipe of the run that a run goes on from; None for any other model."""
     path = str(recipe.get("model", {}).get("path"))
     return read_run(path).recipe if (Path(path) / "recipe.yaml").is_file() else None
+
+
+def first_model(recipe: Mapping[str, Any]) -> str:
+    """Return the model section of the first run of the chain that a run goes on from, as text."""
+    below = recipe_below(recipe)
+    return json.dumps(recipe.get("model"), sort_keys=True) if below is None else first_model(below)
 
 
 def _objective(recipe: Mapping[str, Any]) -> tuple[str, str]:

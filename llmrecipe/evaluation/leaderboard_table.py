@@ -16,7 +16,7 @@ from llmrecipe.core.console import number
 from llmrecipe.core.errors import RecipeError, RunError, did_you_mean
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.core.score_intervals import ENDS
-from llmrecipe.evaluation.leaderboard_labels import labels_of, recipe_below
+from llmrecipe.evaluation.leaderboard_labels import first_model, labels_of, recipe_below
 from llmrecipe.feedback.directions import Direction, direction_of
 from llmrecipe.recipe.validate import build_object
 from llmrecipe.runs.run_dir import read_metrics
@@ -87,6 +87,8 @@ class LeaderboardEntry:
     seed: int
     facts: dict[str, float]
     """Column -> value."""
+    first: str = field(default="", compare=False)
+    """The model that the first run of its chain started from, as text."""
 
 
 @dataclass
@@ -147,7 +149,8 @@ def read_entries(
                 facts |= _measured(record, name, name, "columns")
         if tuned is not None:
             facts |= {"tuned": flat(record.recipe)[tuned.key], "by": _measured(record, tuned.by, "by", "by")["by"]}
-        entries.append(LeaderboardEntry(label, family, int(record.recipe.get("seed", 0)), facts))
+        seed = int(record.recipe.get("seed", 0))
+        entries.append(LeaderboardEntry(label, family, seed, facts, first_model(record.recipe)))
     return entries
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.score_intervals import ENDS, NORMAL
@@ -54,23 +54,40 @@ def paired_interval(first: dict[int, float], second: dict[int, float]) -> tuple[
     return statistics.fmean(differences), t_quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
 
 
-def baseline_row(rows: Sequence[LeaderboardRow], name: str, where: str) -> LeaderboardRow:
-    """Return the row of that name, or the only one whose name begins with it and goes on in parentheses.
+def baseline_rows(rows: Sequence[LeaderboardRow], name: str, where: str) -> list[LeaderboardRow]:
+    """Return the row of that name, or those whose name begins with it and goes on in parentheses.
 
     Raises:
-        RecipeError: there is none, or there are several.
+        RecipeError: there is none.
     """
     found = [row for row in rows if row.label == name] or [row for row in rows if row.label.startswith(f"{name} (")]
-    if len(found) == 1:
-        return found[0]
+    if found:
+        return found
     names = [row.label for row in rows]
     short = [label.partition(" (")[0] for label in names]
-    problem = (
-        f"{len(found)} rows are called '{name}'"
-        if found
-        else f"no row is called '{name}'{did_you_mean(name, [*names, *short])}"
+    raise RecipeError(
+        f"{where}: no row is called '{name}'{did_you_mean(name, [*names, *short])} (the rows are {'; '.join(names)})"
     )
-    raise RecipeError(f"{where}: {problem} (the rows are {'; '.join(names)})")
+
+
+def baseline_of(row: LeaderboardRow, found: Sequence[LeaderboardRow], first: Mapping[str, str], where: str) -> str:
+    """Return the baseline of a row: the only one there is, or the one whose chain of runs began with the same model.
+
+    Args:
+        found: what the name of the baseline stands for.
+        first: label -> the model that the first run of its chain started from.
+
+    Raises:
+        RecipeError: there are several, of the same model or of none.
+    """
+    alike = [other for other in found if first.get(other.label) == first.get(row.label)] if len(found) > 1 else found
+    if len(alike) == 1:
+        return alike[0].label
+    kind = "with the model" if alike else "and none with the model"
+    names = "; ".join(other.label for other in alike or found)
+    raise RecipeError(
+        f"{where}: {len(alike or found)} rows have that name, {kind} that {row.label} began with; name one of them ({names})"
+    )
 
 
 def compare_rows(rows: Sequence[LeaderboardRow], entries: Sequence[LeaderboardEntry], name: str, key: str, where: str) -> None:
@@ -79,22 +96,25 @@ def compare_rows(rows: Sequence[LeaderboardRow], entries: Sequence[LeaderboardEn
     Args:
         rows: of the table, changed in place.
         entries: the single runs.
-        name: the baseline.
+        name: the baseline; where models of several shapes have one each, a row is compared with that of its own.
         key: the score.
 
     Raises:
-        RecipeError: no row is the baseline.
+        RecipeError: no row is the baseline, or which of several is not known.
     """
-    baseline = baseline_row(rows, name, where).label
+    found = baseline_rows(rows, name, where)
+    first = {entry.label: entry.first for entry in entries}
     scores: dict[str, dict[int, list[float]]] = {}
     for entry in entries:
         scores.setdefault(entry.label, {}).setdefault(entry.seed, []).append(entry.facts[key])
     means = {label: {seed: statistics.fmean(v) for seed, v in seeds.items()} for label, seeds in scores.items()}
     for row in rows:
-        found = paired_interval(means.get(row.label, {}), means.get(baseline, {})) if row.label != baseline else None
-        if found is None:
+        if row in found or row.label not in means:
             continue
-        mean, half = found
+        apart = paired_interval(means[row.label], means.get(baseline_of(row, found, first, where), {}))
+        if apart is None:
+            continue
+        mean, half = apart
         row.mean[DIFFERENCE] = mean
         if half is not None:
             row.mean |= dict(zip((f"{DIFFERENCE}/{end}" for end in ENDS), (mean - half, mean + half), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,33 @@ def test_a_row_is_compared_with_the_baseline_seed_by_seed() -> None:
     ]  # fmt: skip
     with pytest.raises(RecipeError, match="baseline: no row is called 'frsh'; did you mean 'fresh"):
         compare_rows(rows, entries, "frsh", "score", "baseline")
+
+
+def test_a_row_is_compared_with_the_baseline_of_its_own_model() -> None:
+    scores = {"fresh (model=a)": (0.5, "a"), "fresh (model=b)": (0.25, "b"), "mlm": (0.75, "a"), "clm": (0.375, "b")}
+    entries = [LeaderboardEntry(name, "x", 0, {"score": value}, first) for name, (value, first) in scores.items()]
+    rows = rank(entries)
+    compare_rows(rows, entries, "fresh", "score", "baseline")
+    assert {r.label: r.mean.get("difference") for r in rows} == {
+        "mlm": 0.25, "clm": 0.125, "fresh (model=a)": None, "fresh (model=b)": None
+    }  # fmt: skip
+    other = [replace(e, first="c") if e.label == "mlm" else e for e in entries]
+    with pytest.raises(RecipeError, match="2 rows have that name, and none with the model that mlm began with"):
+        compare_rows(rows, other, "fresh", "score", "baseline")
+    with pytest.raises(RecipeError, match="2 rows have that name, with the model that mlm began with; name one of them"):
+        compare_rows(rows, [replace(e, first="a") for e in entries], "fresh", "score", "baseline")
+
+
+def test_the_model_of_a_chain_is_that_of_its_first_run(tmp_path: Path) -> None:
+    model = {"path": "tiny", "config": {"kind": "encoder"}}
+    pretext = {"objective": {"kind": "mlm"}, "stack": {}, "seed": 0, "model": model}
+    below = finished(tmp_path / "pretext", pretext, 0.5)
+    between = finished(tmp_path / "between", {**pretext, "model": {"path": below}}, 0.5)
+    tasks = [{**SFT, "model": {"path": path}} for path in (between, below, "other")]
+    paths = [finished(tmp_path / f"task{i}", {**task, "seed": i}, 0.5) for i, task in enumerate(tasks)]
+    paths.append(finished(tmp_path / "fresh", {**SFT, "model": model}, 0.5))
+    first = [entry.first for entry in read_entries(paths, "test/accuracy")]
+    assert first[0] == first[1] == first[3] != first[2]
 
 
 def test_quantiles_go_on_where_the_table_ends() -> None:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llmrecipe.core import registry
 from llmrecipe.pipelines import run_stages
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import plan
@@ -34,6 +35,52 @@ def test_the_table_compares_with_fresh_weights_over_three_seeds(recipe: str) -> 
     below, control = (s.mapping for s in stages if s.name in ("pretext-own", "pretext-shuffled"))
     assert {**control, "data": {**control["data"], "control": {}}} == below and control["data"]["control"]
     assert stages[-1].mapping["baseline"] == "fresh"
+
+
+BOARD = "pretraining_leaderboard"
+
+
+def test_every_objective_of_texts_is_on_the_board_with_one_budget() -> None:
+    """From one shape of fresh weights of its kind, with a control, and the task of a row from its pretext alone."""
+    assert all(compose(BOARD).recipe.stages[stage]["matrix"]["seed"] == [0, 1, 2] for stage in ("task", "fresh"))
+    once = ["stages.task.matrix.seed=[0]", "stages.fresh.matrix.seed=[0]"]
+    stages = {s.name: s for s in plan(compose(BOARD, once)).stages}
+    pretexts = {name: s.mapping for name, s in stages.items() if name.startswith("pretext-")}
+    known = {n for n in registry.names("objective") if registry.spec("objective", n).family == "pretraining"}
+    assert {found["objective"]["kind"] for found in pretexts.values()} == known - {"caclm", "mmlm", "clip"}
+    assert len({(found["steps"], found["batch"]["size"], found["data"]["path"]) for found in pretexts.values()}) == 1
+    tasks = {name: s for name, s in stages.items() if name.startswith("task-")}
+    assert len(tasks) == len(pretexts) == 12
+    assert all(s.stage.inputs == (name.rpartition("-")[0].replace("task", "pretext"),) for name, s in tasks.items())
+    fresh = {name: s.mapping for name, s in stages.items() if name.startswith("fresh-")}
+    assert len({s.mapping["steps"] for s in tasks.values()} | {found["steps"] for found in fresh.values()}) == 1
+    for kind, count in (("encoder", 10), ("decoder", 2)):
+        shapes = [m["model"] for m in (*pretexts.values(), *fresh.values()) if m["model"]["config"]["kind"] == kind]
+        assert len(shapes) == count + 1 and len({json.dumps(shape, sort_keys=True) for shape in shapes}) == 1
+    for name, control in pretexts.items():
+        if name.endswith("-shuffled"):
+            own = pretexts[name.replace("-shuffled", "-own")]
+            assert {**control, "data": {**control["data"], "control": {}}} == own and control["data"]["control"]
+
+
+def test_a_few_steps_of_the_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
+    """An encoder and a decoder, each compared with fresh weights of its own kind."""
+    monkeypatch.chdir(tmp_path)
+    every = compose(BOARD).recipe.stages["task"]["matrix"]["pretext"]
+    words = [f"~stages.pretext.matrix.pretext.{name}" for name in every if name not in ("mlm", "clm")]
+    words += ["~stages.pretext.matrix.rows.shuffled", "stages.task.matrix.rows=[own]", "stages.task.matrix.pretext=[mlm,clm]"]
+    words += [f"stages.{stage}.matrix.seed=[1]" for stage in ("task", "fresh")]
+    words += [f"+stages.{stage}.data.limit=4" for stage in ("pretext", "task", "fresh")]
+    words += [f"+stages.{stage}.eval.batches=1" for stage in ("pretext", "task", "fresh")]
+    words += ["stages.pretext.batch.size=2", *(f"+stages.{stage}.batch.size=2" for stage in ("task", "fresh"))]
+    words += ["stages.pretext.steps=1", "steps=1", "stages.board.plot=false", "stages.board.metric=test/loss"]
+    made = run_stages.run_all_stages(compose(BOARD, words))
+    board = json.loads((Path(made[-1].dir) / "leaderboard.json").read_text(encoding="utf-8"))
+    score = {row["method"]: row["mean"] for row in board["rows"]}
+    fresh = {kind: next(m["score"] for n, m in score.items() if f"kind={kind}" in n) for kind in ("encoder", "decoder")}
+    assert len(score) == 4 and len(started) == 7
+    for name, kind in (("mlm", "encoder"), ("clm", "decoder")):
+        assert score[name]["difference"] == pytest.approx(score[name]["score"] - fresh[kind])
 
 
 def weights(folder: str) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ SAY_IT_TO_A_STAGE = {
     "mmlm_caption",
     "mmlm_vqa",
     "nsp_qa",
+    "pretraining_leaderboard",
 }
 """Pipelines whose stages read rows of different kinds: one path cannot be for all of them."""
 

@@ -371,7 +371,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "searched_dpo": ShownBy("tests/recipes/test_pipelines_learn.py::test_dpo_on_the_best_of_a_search_learns_the_preferences"),
     **dict.fromkeys(
         ("dae_sft", "mmlm_caption", "mmlm_vqa", "nsp_qa"),
-        ShownBy("tests/recipes/test_pipelines_learn.py::test_pretraining_first_helps_over_three_seeds"),
+        ShownBy("tests/recipes/test_pipelines_learn.py::test_pretraining_first_helps_over_seeds"),
     ),
     "distill_answers": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_student_learns_what_its_teacher_knows"),
     "noah_search": ShownBy("tests/recipes/test_pipelines_learn.py::test_sub_networks_that_were_found_learn_from_the_start"),
@@ -388,6 +388,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "peft_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_every_method_of_the_board_learns"),
     "survey_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_methods_of_the_survey_learn"),
     "memory_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_memory_of_methods_follows_their_formulas"),
+    "pretraining_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_pretext_of_the_board_helps"),
     "alignment_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_board_learn"),
 }
 """Recipe -> what its run learns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,8 @@ class Leaderboard(Step):
     """With `tuned`: what chooses it, a name in the runs' final/metrics.json measured on the validation split."""
     baseline: str | None = None
     """A row of the table, such as `full` or `fresh`: a further column says by how much the others differ from it, mean over the
-    seeds that both have, with its 95 % interval (`llmrecipe.evaluation.paired_differences`)."""
+    seeds that both have, with its 95 % interval (`llmrecipe.evaluation.paired_differences`). Where models of several shapes
+    have a row of that name each, a row is compared with that of the model it began with."""
     across: str | list[str] | None = None
     """What the plot shows the score over, a panel for each: `columns`, trained, share, stored, memory or seconds.
 
@@ -249,7 +250,7 @@ class Leaderboard(Step):
         start = LeaderboardEntry(start_label(self.against), "start", work.seed, values[0])
         return [
             start,
-            *(LeaderboardEntry(e.label, e.family, e.seed, {**v, **e.facts}) for e, v in zip(entries, values[1:], strict=True)),
+            *(replace(e, facts={**v, **e.facts}) for e, v in zip(entries, values[1:], strict=True)),
         ]
 
     def _head_to_head(self, seed: int) -> HeadToHead:
