@@ -74,6 +74,14 @@ class Context:
     """What one forward pass computes once for all its parts (encoder and decoder), by wrapper name; None keeps nothing."""
     shared: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What a `wrap_module` hook computed once for the hooks inside its host, by wrapper name."""
+    here: tuple[tuple[torch.Tensor, torch.Tensor], ...] = field(default=(), compare=False, repr=False)
+    """Pairs of a tensor on a device and the one of the host that it was copied from."""
+
+    def on_host(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the values of a tensor where the host can read them without waiting for a device; None where it cannot."""
+        if tensor.device.type == "cpu":
+            return tensor
+        return next((own for there, own in self.here if there is tensor), None)
 
 
 _PLAIN = Context()

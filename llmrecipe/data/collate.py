@@ -152,7 +152,16 @@ class Batch:
             padded=self.padded,
             examples=examples,
             computed={},
+            here=self._copied(),
         )
+
+    def _copied(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return the masks and lengths of its rows, each with what it was copied from."""
+        if self.host is None:
+            return ()
+        both = [(getattr(self, name), getattr(self.host, name)) for name in ("attention_mask", "prompt_lengths")]
+        both.append((self.extra.get("encoder_mask"), self.host.extra.get("encoder_mask")))
+        return tuple((there, own) for there, own in both if there is not None and own is not None)
 
     @property
     def padded(self) -> bool | None:

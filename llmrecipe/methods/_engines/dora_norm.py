@@ -5,17 +5,21 @@ y = b + g (v - b),  g = m / ||W||        v (..., out) the layer's output, b (out
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.methods._base.late_answers import LateAnswers
 from llmrecipe.methods._engines.effective_weight import hooks_under, state_below, weight_below
 from llmrecipe.models.autograd_context import AutogradContext
 
 INVERTIBLE = 2.0**-4
 """|g| from which on y - b still has the digits of v - b."""
+LEAST = 2.0**-12
+"""|g| that the result is divided by where it has become smaller since it was looked at."""
 
 
 class Rescaled(torch.autograd.Function):
@@ -47,7 +51,8 @@ class Rescaled(torch.autograd.Function):
             dv = torch.addcmul(dy, dy, more)
         if ctx.needs_input_grad[1]:
             scaled = y if bias is None else y - bias
-            dgain = (dy * scaled).sum(tokens, dtype=gain.dtype) / (1 + more.to(gain.dtype))
+            own = 1 + more.to(gain.dtype)
+            dgain = (dy * scaled).sum(tokens, dtype=gain.dtype) / torch.where(own.abs() < LEAST, LEAST, own)
         if ctx.needs_input_grad[2]:
             dbias = (-more * dy.sum(tokens)).to(bias.dtype)
         return dv, dgain, dbias
@@ -64,6 +69,11 @@ class Gain:
     """(state of the weight below, its ||w||^2)."""
     cached: tuple[Any, Tensor, bool] | None = None
     """(that state and those of the parameters, their norm, whether every g is apart from zero)."""
+
+    @functools.cached_property
+    def late(self) -> LateAnswers:
+        """What is asked of the device's values during training."""
+        return LateAnswers()
 
     def weight_rows(self) -> Tensor:
         """Return rows (out, in) of the W this hook rescales, as the layer and the hooks below use them, float32 or wider."""
@@ -103,13 +113,16 @@ class Gain:
             product: gives (out, r) W A^T, where the direction learns.
         """
         if not self.detach_norm:
+            self.late.training = torch.is_grad_enabled()
             return self.magnitude / self.norm(product)
         own = tuple((p.data_ptr(), p._version) for p in self.parameters(recurse=False))  # type: ignore[attr-defined]
         key = (own, state_below(self.host[0], self))  # type: ignore[arg-type]
         if self.cached is None or self.cached[0] != key:
+            self.late.training = torch.is_grad_enabled()
             with torch.no_grad():
                 norm = self.norm(product)
-                self.cached = (key, norm, bool((self.magnitude / norm).abs().min() > INVERTIBLE))
+                apart = (self.magnitude / norm).abs().min() > INVERTIBLE
+                self.cached = (key, norm, self.late.asks("apart", apart))
         return self.magnitude / self.cached[1]
 
     def rescaled(self, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:

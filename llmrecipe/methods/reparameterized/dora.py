@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Field, Literal, OpenFraction, PositiveFloat, PositiveInt, Rank
 from llmrecipe.core.registry import register
+from llmrecipe.methods._base.late_answers import arrive
 from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.biases import BiasMaster, open_biases
@@ -29,18 +30,27 @@ CANCELLED = 1e-3
 """Share of ||w||^2 below which the three-term norm of a row has lost its digits and is computed from the row itself."""
 
 
-def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return row norms (out,) of W + s B A unformed: ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, then the root.
+NEAR = 4e-3
+"""The share from which on rows are computed so where an answer comes two steps late."""
+
+
+def squared_norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return squared row norms (out,) of W + s B A unformed: ||w||^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>.
 
     Args:
         squares: (out,) ||w||^2 of each row.
         WA: (out, r) W A^T.
 
     Returns:
-        (out,) float32 or wider, NaN where the terms cancel.
+        (out,) float32 or wider, without digits where the terms cancel.
     """
     A, B, WA = (low_rank.wide(t) for t in (A, B, WA))
-    total = squares + 2 * scale * (WA * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
+    return squares + 2 * scale * (WA * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
+
+
+def norm_of_sum(squares: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return row norms (out,) of W + s B A, NaN where the terms cancel (see `squared_norm_of_sum`)."""
+    total = squared_norm_of_sum(squares, WA, A, B, scale)
     return torch.where(total < CANCELLED * squares, torch.nan, total).sqrt()
 
 
@@ -54,11 +64,26 @@ class _Direction(Gain):
     def norm(self, product: Callable[[], Tensor] | None) -> Tensor:
         """Return ||W + s B A||, (out,), without forming the sum where its digits allow."""
         assert product is not None
+        if self.late.answers(self.magnitude):
+            return self._norm_unread(product())
         norm = norm_of_sum(self.squares(), product(), self.A, self.B, self.scale)
         lost = norm.isnan()
         if bool(lost.any()):
             rows = self.weight_rows()[lost] + self.scale * (low_rank.wide(self.B)[lost] @ low_rank.wide(self.A))
             norm = norm.masked_scatter(lost, rows.norm(dim=1))
+        return norm
+
+    def _norm_unread(self, product: Tensor) -> Tensor:
+        """Return the norm without waiting to know whether digits are lost: of every row itself where some were about to be.
+
+        Terms that cancel in the two steps until that is known give what is left of them at least the root of `CANCELLED`.
+        """
+        squares = self.squares()
+        total = squared_norm_of_sum(squares, product, self.A, self.B, self.scale)
+        norm = torch.maximum(total, CANCELLED * squares).sqrt()
+        if self.late.asks("lost", (total < NEAR * squares).any()):
+            rows = self.weight_rows() + self.scale * (low_rank.wide(self.B) @ low_rank.wide(self.A))
+            norm = torch.where(total < NEAR * squares, rows.norm(dim=1), norm)
         return norm
 
 
@@ -282,13 +307,14 @@ class Dora(Wrapper):
         return None
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Forget cached norms."""
-        self._forget(model)
+        """Forget cached norms; what was asked of a device in this step goes on its way, what was in the last is known."""
+        arrive([hook.late for hook in self._forget(model)])
 
-    def _forget(self, model: nn.Module) -> None:
-        for _, _, _, hook in all_hooks(model, self.name):
-            if isinstance(hook, Gain):
-                hook.forget()
+    def _forget(self, model: nn.Module) -> list[Gain]:
+        found: list[Gain] = [hook for _, _, _, hook in all_hooks(model, self.name) if isinstance(hook, Gain)]
+        for hook in found:
+            hook.forget()
+        return found
 
     def groups(self, model: nn.Module) -> list[ParamGroup]:
         """Return magnitudes with weight decay 0: decay would pull every weight to zero."""

@@ -97,6 +97,11 @@ class Dae(Denoising, Objective):
         """What is kept from step to step: the first variance of the targets of MSE, 0 once it was warned of."""
         return {}
 
+    @functools.cached_property
+    def owed(self) -> list[tuple[int, Mapping[str, float]]]:
+        """The newest step and its metrics, where they have not been looked at."""
+        return []
+
     # --- before weights are read ----------------------------------------------------------------------------------
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
@@ -294,6 +299,14 @@ class Dae(Denoising, Objective):
             return
         if self.target == "ema":
             embedding_target.follow_embeddings(roles.model)
+        # Metrics that are on their way from a device are looked up when the next step has been made.
+        before = self.owed.copy()
+        self.owed[:] = [(step, metrics)]
+        if isinstance(metrics, dict) or before:
+            self._see_variance(*(self.owed.pop() if isinstance(metrics, dict) else before[0]), roles)
+
+    def _see_variance(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:
+        """Warn once where the targets have collapsed, to a hundredth of their first variance."""
         first, spread = self.watched.setdefault("variance", metrics["target_variance"]), metrics["target_variance"]
         if spread < embedding_target.COLLAPSED * first and roles.events is not None:
             self.watched["variance"] = 0.0
@@ -304,6 +317,8 @@ class Dae(Denoising, Objective):
 
     def state(self) -> dict[str, Any]:
         """Return what is kept from step to step."""
+        for _, metrics in self.owed:
+            self.watched.setdefault("variance", metrics["target_variance"])
         return dict(self.watched)
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class Hypermodel(SharedModule):
         embedded = self.trunk.get_input_embeddings()(ids)
         inputs = torch.cat([self.first.expand(len(ids), -1, -1).to(embedded.dtype), embedded], 1)
         mask = torch.cat([seen.new_ones(len(ids), 1), seen], 1)
-        states = encoder(inputs_embeds=inputs, attention_mask=mask).last_hidden_state
+        states = encoder(inputs_embeds=inputs, attention_mask=unread(mask, inputs)).last_hidden_state
         queries = self.queries.expand(len(states), -1, -1)
         # A mask of zeros over all pairs lets every query see all others; without one the decoder would be causal.
         pairs = None if self.plan.causal else queries.new_zeros(len(states), 1, queries.shape[1], queries.shape[1])
@@ -130,13 +130,30 @@ class Hypermodel(SharedModule):
             inputs_embeds=queries,
             attention_mask=pairs,
             encoder_hidden_states=states,
-            encoder_attention_mask=mask,
+            encoder_attention_mask=unread(mask, queries),
             use_cache=False,
         ).last_hidden_state
         parts = out.split(self.counts, 1)
         written = {k: w(z) for k, w, z in zip(self.kinds, self.writers, parts, strict=True)}
         pieces = {k: iter(rows.split([b.rows for b in self.blocks if b.kind == k], 1)) for k, rows in written.items()}
         return [next(pieces[block.kind]) for block in self.blocks]
+
+
+def unread(mask: Tensor, queries: Tensor) -> Tensor:
+    """Return the mask (K, C) of columns as it is on the host; of a device as what is added to the scores, (K, 1, q, C).
+
+    A mask of columns is looked into to see whether it masks anything, and the host would wait for the answer.
+
+    Args:
+        queries: (K, q, d) what attends to the columns.
+    """
+    return mask if mask.device.type == "cpu" else over_pairs(mask, queries)
+
+
+def over_pairs(mask: Tensor, queries: Tensor) -> Tensor:
+    """Return a mask (K, C) of columns as what is added to the scores of all pairs, (K, 1, q, C)."""
+    added = queries.new_zeros(mask.shape).masked_fill(mask == 0, torch.finfo(queries.dtype).min)
+    return added[:, None, None, :].expand(-1, -1, queries.shape[1], -1)
 
 
 def width_of(config: PreTrainedConfig) -> int:

@@ -90,19 +90,25 @@ class PromptEndsOfPass(Hook):
             return None
         given = inputs.get("attention_mask")
         mask = given if isinstance(given, Tensor) and given.dim() == 2 else context.attention_mask
-        real = torch.ones(shape, dtype=torch.bool, device=tokens.device)
-        if mask is not None and mask.shape == shape:
-            real = mask.bool()
-        prompt = real.sum(1) if self.encoder else prompts_of(inputs, context.prompt_lengths, real)
+        if mask is None or mask.shape != shape:
+            mask = torch.ones(shape, dtype=torch.bool)
+        lengths, virtual = context.prompt_lengths, _virtual(tokens)
+        known = [context.on_host(one) for one in (mask, lengths) if one is not None]
+        if virtual is None and all(one is not None for one in known):
+            # How many tokens are edited depends on the values of both.
+            mask, lengths = known[0], None if lengths is None else known[1]
+        assert mask is not None, "it is given or all ones"
+        real = mask.bool() if virtual is None else mask.bool().to(tokens.device)
+        prompt = real.sum(1) if self.encoder else prompts_of(inputs, lengths, real)
         if prompt is None:
             return None
-        virtual = _virtual(tokens)
         if virtual is not None:
             # They stand in the prompt, and both lengths and masks count them.
             prompt = prompt - virtual.expand(shape).sum(1)
             real = real & ~virtual
         place = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
-        return ends_of(place, prompt[:, None].to(place.device).expand(shape), self.n, self.m)
+        ends = ends_of(place, prompt[:, None].to(place.device).expand(shape), self.n, self.m)
+        return PromptEnds(ends.first.to(tokens.device), ends.last.to(tokens.device))
 
     def _packed(self, layout: Layout, device: torch.device) -> PromptEnds:
         key = ("prompt_ends", self.owner, self.n, self.m, self.encoder, device)

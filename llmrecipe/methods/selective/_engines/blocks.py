@@ -6,9 +6,13 @@ edge block that hangs over the matrix is never written and has no gradient.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from llmrecipe.data.transfer import to_device
 
 
 def block_size(layout: str) -> int:
@@ -40,46 +44,64 @@ def gather_blocks(weight: Tensor, idx: Tensor, size: int) -> Tensor:
 def put_blocks(weight: Tensor, idx: Tensor, size: int, new: Tensor) -> None:
     """Overwrite the chosen blocks."""
     rows, columns, inside = _places(tuple(weight.shape), idx, size)
-    weight[rows.expand_as(inside)[inside], columns.expand_as(inside)[inside]] = new[inside]
+    # What hangs over writes the first number of its block once more: how much does so is not known without reading it.
+    rows, columns = torch.where(inside, rows, rows[:, :1]), torch.where(inside, columns, columns[:, :, :1])
+    weight[rows, columns] = torch.where(inside, new, new[:, :1, :1])
 
 
-def kept_features(x: Tensor, idx: Tensor, shape: tuple[int, ...], size: int, rows: bool) -> Tensor:
-    """Return a copy (M, u l) of the input features that the chosen blocks read, each once.
+@dataclass(frozen=True)
+class BlockPlan:
+    """How the gradient of chosen blocks is formed: their indices, sorted on the host."""
 
-    Args:
-        rows: whether inputs run along the rows of the stored matrix, as in Conv1D, and not along its columns.
-    """
-    down, across = grid(shape, size)
-    touched = torch.unique(idx.long() // across if rows else idx.long() % across)
-    padded = F.pad(x, (0, (down if rows else across) * size - x.shape[-1]))
-    features = (touched[:, None] * size + torch.arange(size, device=x.device)).flatten()
-    return padded.reshape(-1, padded.shape[-1]).index_select(1, features)
+    idx: Tensor
+    """(n,)"""
+    shape: tuple[int, ...]
+    size: int
+    rows: bool
+    """Whether inputs run along the rows of the stored matrix, as in Conv1D, and not along its columns."""
+    features: Tensor
+    """(u l,) the input features that the blocks read, each once."""
+    outputs: tuple[tuple[int, Tensor, Tensor], ...]
+    """For each block row of the outputs its number, which blocks are in it, and their places among the features' blocks."""
 
 
-def block_gradient(
-    x: Tensor, g: Tensor, idx: Tensor, shape: tuple[int, ...], size: int, rows: bool, dtype: torch.dtype
-) -> Tensor:
+def block_plan(idx: Tensor, shape: tuple[int, ...], size: int, rows: bool) -> BlockPlan:
+    """Return the plan of a selection; this reads the indices, so a selection has it made once."""
+    across, device = grid(shape, size)[1], idx.device
+    here = idx.long().cpu()
+    inputs, outputs = (here // across, here % across) if rows else (here % across, here // across)
+    touched = torch.unique(inputs)
+    place = torch.searchsorted(touched, inputs)
+    features = (touched[:, None] * size + torch.arange(size)).flatten()
+    parts = [(number, (outputs == number).nonzero().squeeze(1)) for number in torch.unique(outputs).tolist()]
+    moved = tuple((number, to_device(own, device), to_device(place[own], device)) for number, own in parts)
+    return BlockPlan(idx, shape, size, rows, to_device(features, device), moved)
+
+
+def kept_features(x: Tensor, plan: BlockPlan) -> Tensor:
+    """Return a copy (M, u l) of the input features that the chosen blocks read, each once."""
+    down, across = grid(plan.shape, plan.size)
+    padded = F.pad(x, (0, (down if plan.rows else across) * plan.size - x.shape[-1]))
+    return padded.reshape(-1, padded.shape[-1]).index_select(1, plan.features)
+
+
+def block_gradient(x: Tensor, g: Tensor, plan: BlockPlan, dtype: torch.dtype) -> Tensor:
     """Return the gradient (n, l, l) of the chosen blocks, one product for each block row of the outputs.
 
     Args:
         x: (M, u l) what `kept_features` kept.
         g: (M, out) gradient of the layer's output.
-        rows: see `kept_features`.
     """
-    down, across = grid(shape, size)
-    idx = idx.long()
-    inputs, outputs = (idx // across, idx % across) if rows else (idx % across, idx // across)
-    place = torch.searchsorted(torch.unique(inputs), inputs)
-    g = F.pad(g, (0, (across if rows else down) * size - g.shape[-1]))
+    (down, across), size = grid(plan.shape, plan.size), plan.size
+    g = F.pad(g, (0, (across if plan.rows else down) * size - g.shape[-1]))
     kind = torch.promote_types(x.dtype, g.dtype)
     left, right = g.to(kind).t(), x.to(kind).view(x.shape[0], -1, size)
-    found = torch.empty(idx.numel(), size, size, dtype=dtype, device=g.device)
-    for output in torch.unique(outputs).tolist():
-        own = (outputs == output).nonzero().squeeze(1)
-        read = right.index_select(1, place[own]).flatten(1)
-        product = (left[output * size : (output + 1) * size] @ read).view(size, -1, size).transpose(0, 1)
-        found[own] = (product.transpose(1, 2) if rows else product).to(dtype)
-    return found * _places(shape, idx, size)[2]
+    found = torch.empty(plan.idx.numel(), size, size, dtype=dtype, device=g.device)
+    for number, own, place in plan.outputs:
+        read = right.index_select(1, place).flatten(1)
+        product = (left[number * size : (number + 1) * size] @ read).view(size, -1, size).transpose(0, 1)
+        found[own] = (product.transpose(1, 2) if plan.rows else product).to(dtype)
+    return found * _places(plan.shape, plan.idx, size)[2]
 
 
 def block_totals(matrix: Tensor, size: int) -> Tensor:

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods.selective._engines.blocks import (
+    BlockPlan,
     block_gradient,
+    block_plan,
     block_size,
     kept_features,
 )
@@ -143,6 +145,7 @@ class SparseDelta(Hook):
     order = -1
     idx: Tensor
     base: Tensor | None
+    planned: tuple[tuple[int, int, bool], BlockPlan] | None = None
 
     def __init__(self, weight: Weight, chosen: Selected, tensor: str, mode: Mode, writer: SelectionWriter):
         super().__init__()
@@ -173,6 +176,13 @@ class SparseDelta(Hook):
     def on(self) -> bool:
         """Return whether the running forward pass sees the delta."""
         return super().active()
+
+    def blocks(self, rows: bool) -> BlockPlan:
+        """Return how the gradient of chosen blocks is formed, made anew where the indices have changed."""
+        key = (self.idx.data_ptr(), self.idx._version, rows)
+        if self.planned is None or self.planned[0] != key:
+            self.planned = key, block_plan(self.idx, self.shape, block_size(self.layout), rows)
+        return self.planned[1]
 
     def stamp(self) -> tuple[int, int]:
         """Return a key that changes whenever `values` does."""
@@ -343,8 +353,8 @@ class _Direct(torch.autograd.Function):
     ) -> Tensor:
         ctx.cut = hook.layout == ("columns" if kind == "linear" else "rows") and kind != "embedding"
         # Where the selection is on the input's side, only those features are kept for the backward pass.
-        if size := block_size(hook.layout):
-            kept = kept_features(x, idx, hook.shape, size, kind == "conv1d")
+        if block_size(hook.layout):
+            kept = kept_features(x, hook.blocks(kind == "conv1d"))
         else:
             kept = x.index_select(-1, idx) if ctx.cut else x
         ctx.save_for_backward(kept, idx)
@@ -357,8 +367,8 @@ class _Direct(torch.autograd.Function):
         hook, g = ctx.hook, grad.reshape(-1, grad.shape[-1])
         if ctx.kind == "embedding":
             found = embedding_gradient(x.reshape(-1), g, idx, hook.layout, hook.shape, hook.values.dtype, ctx.padding)
-        elif size := block_size(hook.layout):
-            found = block_gradient(x, g, idx, hook.shape, size, ctx.kind == "conv1d", hook.values.dtype)
+        elif block_size(hook.layout):
+            found = block_gradient(x, g, hook.blocks(ctx.kind == "conv1d"), hook.values.dtype)
         else:
             x = x.reshape(-1, x.shape[-1])
             a, b = (x, g) if ctx.kind == "conv1d" else (g, x)

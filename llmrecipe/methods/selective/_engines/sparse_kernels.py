@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmrecipe.methods.selective._engines.blocks import (
@@ -50,25 +51,30 @@ def product_gradient(
 def embedding_gradient(
     ids: Tensor, g: Tensor, idx: Tensor, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, padding: int | None
 ) -> Tensor:
-    """Return the gradient of the selected entries of an embedding (V, D), from the tokens that occur only."""
+    """Return the gradient of the selected entries of an embedding (V, D), from the tokens that occur only.
+
+    No shape depends on which tokens occur, so a device is not waited for: M tokens are at most M different ones.
+    """
+    # A row that no token has takes what is not to be counted.
+    none = shape[0]
     if padding is not None:
-        kept = ids != padding
-        ids, g = ids[kept], g[kept]
-    tokens, where = torch.unique(ids, return_inverse=True)
-    summed = torch.zeros(tokens.shape[0], shape[1], dtype=dtype, device=g.device).index_add_(0, where, g.to(dtype))
-    found = torch.zeros(selected_shape(shape, layout, idx.shape[0]), dtype=dtype, device=g.device)
+        ids = ids.masked_fill(ids == padding, none)
     if layout == "columns":
-        return found.index_copy_(0, tokens, summed.index_select(1, idx))
-    if not tokens.numel():
-        return found
+        found = torch.zeros(none + 1, idx.shape[0], dtype=dtype, device=g.device)
+        return found.index_add_(0, ids, g.index_select(1, idx).to(dtype))[:none]
+    if not ids.numel():
+        return torch.zeros(selected_shape(shape, layout, idx.shape[0]), dtype=dtype, device=g.device)
+    ordered, order = ids.sort(stable=True)
+    place = F.pad((ordered[1:] != ordered[:-1]).long().cumsum(0), (1, 0))
+    where = torch.empty_like(order).scatter_(0, order, place)
+    tokens = torch.full_like(ids, none).scatter_(0, place, ordered)
+    summed = torch.zeros(ids.shape[0], shape[1], dtype=dtype, device=g.device).index_add_(0, where, g.to(dtype))
     rows = idx.long() if layout == "rows" else idx.long() // shape[1]
-    near = torch.searchsorted(tokens, rows).clamp_(max=tokens.shape[0] - 1)
-    hit = (tokens[near] == rows).nonzero().squeeze(1)
+    near = torch.searchsorted(tokens, rows).clamp_(max=ids.shape[0] - 1)
+    hit = tokens[near] == rows
     if layout == "rows":
-        found[hit] = summed[near[hit]]
-    else:
-        found[hit] = summed[near[hit], idx[hit].long() % shape[1]]
-    return found
+        return torch.where(hit[:, None], summed[near], 0.0)
+    return torch.where(hit, summed[near, idx.long() % shape[1]], 0.0)
 
 
 def gather_selected(weight: Tensor, layout: Layout, idx: Tensor) -> Tensor:
