@@ -169,10 +169,20 @@ def need_recipe(request: VerbWords, verb: str) -> str:
     bare = next((w for w in request.overrides if "=" not in w), None)
     near = (
         f"; did you mean 'llmrecipe {verb} recipe={bare}'?"
-        if bare in known
+        if bare is not None and _is_recipe(bare)
         else did_you_mean(f"recipe={bare}", [f"recipe={k}" for k in known])
     )
     raise RecipeError(f"llmrecipe {verb}: no recipe given; write recipe=NAME{near if bare else ''} (known: {', '.join(known)})")
+
+
+def _is_recipe(word: str) -> bool:
+    """Return whether `recipe=` takes a word: a name, a file or a run."""
+    from llmrecipe.recipe.recipe_paths import find_recipe
+
+    try:
+        return find_recipe(word).suffix in (".yaml", ".yml")
+    except RecipeError:
+        return False
 
 
 def tell(notes: Iterable[str]) -> None:

@@ -57,8 +57,8 @@ class Fitted:
     others: list[str]
     """Other objectives that read such rows."""
     model: str | None = None
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Section -> its keys, as they stand in the recipe."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Section -> its keys, as they stand in the recipe; or a key of no section -> its value."""
     remarks: list[str] = field(default_factory=list)
     """Lines of the comment."""
     choices: dict[str, str | list[str]] = field(default_factory=dict)
@@ -67,7 +67,10 @@ class Fitted:
     def words(self) -> list[str]:
         """Return the settings as overrides."""
         chosen = [as_word((group,), value) for group, value in self.choices.items()]
-        return [*chosen, *(as_word((section, key), v) for section, body in self.settings.items() for key, v in body.items())]
+        paths = {(key,): value for key, value in self.settings.items() if not isinstance(value, dict)}
+        sections = [(name, body) for name, body in self.settings.items() if isinstance(body, dict)]
+        within = {(name, key): value for name, body in sections for key, value in body.items()}
+        return [*chosen, *(as_word(path, value) for path, value in (paths | within).items())]
 
 
 def fit_recipe(
@@ -146,10 +149,11 @@ def _count(part: Part) -> int:
     return sum(1 for _ in part.reader.stream()) if not hasattr(part.reader, "__len__") else len(part.reader)
 
 
-def _settings(found: Fitted, section: DataSection, sample: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _settings(found: Fitted, section: DataSection, sample: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the recipe sets, without lengths."""
     from llmrecipe.data.formats.sources import has_split
     from llmrecipe.recipe.compose import compose
+    from llmrecipe.recipe.recipe_paths import presets
 
     parent = compose(found.parent).recipe
     fresh = parent.model.init == "random"
@@ -158,7 +162,11 @@ def _settings(found: Fitted, section: DataSection, sample: list[dict[str, Any]])
             f"--model: recipe={found.parent} makes a model of its own with fresh weights; leave --model out and train with "
             f"model.path={found.model} model.init=pretrained model.config={{}} tokenizer.path=null"
         )
-    made: dict[str, dict[str, Any]] = {} if fresh else {"model": {"path": found.model or parent.model.path}}
+    made: dict[str, Any] = {}
+    if found.model is not None and found.model in presets("model"):
+        found.choices["model"] = found.model
+    elif not fresh:
+        made["model"] = {"path": found.model or parent.model.path}
     detected = found.reading.found
     columns = {**section.columns, **detected.aliases}
     made["data"] = {"path": found.file, "format": detected.name, **({"columns": columns} if columns else {})}
@@ -226,11 +234,14 @@ def _tag_settings(found: Fitted, sample: list[dict[str, Any]], columns: dict[str
 
 
 def _fit_lengths(found: Fitted, sample: list[dict[str, Any]]) -> None:
-    """Set the chat template and the longest row from the rows as the model's tokenizer sees them."""
+    """Set the chat template and the longest row from the rows as the model's tokenizer sees them, and how it trains on them."""
     from llmrecipe.cli.early_checks import check_model
+    from llmrecipe.cli.fitted_training import fit_training
+    from llmrecipe.models.checkpoint_path import locate
     from llmrecipe.models.load import load_tokenizer
     from llmrecipe.models.positions import stated_positions
     from llmrecipe.models.resolve_class import load_config
+    from llmrecipe.models.weight_headers import stored_parameters
     from llmrecipe.recipe.compose import compose
     from llmrecipe.runs.open_model import own_tokenizer, resolve_section
 
@@ -260,6 +271,8 @@ def _fit_lengths(found: Fitted, sample: list[dict[str, Any]]) -> None:
         )
     elif longer:
         found.remarks.insert(1, "             longer ones are read in pieces")
+    place, local = locate(base.path)
+    fit_training(found, recipe, stored_parameters(Path(place)) if local else None, lengths)
 
 
 def _template(found: Fitted, sample: list[dict[str, Any]], has_own: bool) -> str | None:

@@ -23,7 +23,10 @@ def write_recipe(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+        raise RecipeError(
+            f"{path}: cannot be written: {error.strerror}. Give the command in a folder that you may write to, or name one: "
+            f"`new FOLDER/{path.name}`, `migrate --out FOLDER/{path.name}`"
+        ) from error
 
 
 def free_name(stem: str) -> str:

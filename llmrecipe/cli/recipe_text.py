@@ -32,18 +32,19 @@ def recipe_text(found: Fitted, word: str) -> str:
         *([f"#              they can also train {', '.join(found.others)}: --objective NAME"] if found.others else []),
         *(f"# {remark}" for remark in found.remarks),
     ]
-    if "model" not in found.settings:
+    if "model" not in found.settings and "model" not in found.choices:
         lines.append("# model        one of its own with fresh weights; a trained one is named by the words")
         lines.append("#              model.path=NAME model.init=pretrained model.config={} tokenizer.path=null")
     elif found.model is None:
-        lines.append("# model        the small one inside the package; name yours under model.path (llmrecipe list model),")
         lines.append(
-            "#              with 0.5 billion parameters and more it wants a smaller optim.lr: 1e-4 to 2e-4 for a LoRA,"
+            "# model        the small one inside the package; for another have the recipe written again with --model: a"
         )
-        lines.append("#              1e-5 where every weight trains")
+        lines.append(
+            "#              folder, a hub name or one of `llmrecipe list model`; rate, epochs, what trains follow its size"
+        )
     lines += ["defaults:", f"  - /{found.parent}", *choice_lines(found.choices), "  - _self_"]
     for section, body in found.settings.items():
-        lines += _section(section, body)
+        lines += _section(section, body) if isinstance(body, dict) else [f"{section}: {flow_text(body)}"]
     return "\n".join(lines) + "\n"
 
 

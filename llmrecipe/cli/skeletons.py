@@ -53,7 +53,10 @@ def write_skeleton(what: str, name: str, folder: Path) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+            raise RecipeError(
+                f"{path}: cannot be written: {error.strerror}. Give the command in a folder that you may write to, or name the "
+                "package in one: --dir FOLDER/my_components"
+            ) from error
     return list(files)
 
 

@@ -72,6 +72,15 @@ def headers(folder: Path) -> dict[str, Header]:
     return {name: Header(str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
 
 
+def stored_parameters(folder: Path) -> int | None:
+    """Return how many entries the floating-point tensors of a model folder have; None where its files do not say it."""
+    try:
+        floats = [header.count for header in headers(folder).values() if header.dtype in DTYPES]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return sum(floats) or None
+
+
 def stored_dtype(config: PreTrainedConfig, folder: Path | None) -> torch.dtype | None:
     """Return the dtype a checkpoint is stored in: what its config says, else that of most of its entries; None if unknown."""
     import torch

@@ -32,6 +32,7 @@ def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[
         (["explain"], "no recipe given"),
         (["explain", "dpo_lora"], "did you mean 'llmrecipe explain recipe=dpo_lora'?"),
         (["train"], "no recipe given"),
+        (["check", "mine.yaml"], "did you mean 'llmrecipe check recipe=mine.yaml'?"),
         (["check", "recipe=dpo_lora", "optim.lrr=1"], "did you mean 'lr'?"),
         (["train", "recipe=dpo_lora", "--typo"], "--typo"),
         (["train", "recipe=dpo_lora", "--steps", "10"], "words without dashes: steps=VALUE"),
@@ -61,6 +62,7 @@ def test_input_mistakes_are_exit_code_two(
     arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("defaults: [/sft]\n", encoding="utf-8")
     assert run_command(arguments) == 2
     err = capsys.readouterr().err
     assert expected.lower() in err.lower() and "Traceback" not in err

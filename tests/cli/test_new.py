@@ -87,6 +87,22 @@ def test_a_recipe_is_written_with_or_without_saying_so(tmp_path: Path, monkeypat
     assert mine.replace("mine", "yours") == yours
 
 
+def test_a_place_that_cannot_be_written_is_named_with_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").write_text("a file where the folder would be")
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + "Who?,Me.\n" * 4)
+    for words, remedy in (
+        (["mine"], "`new FOLDER/mine.yaml`"),
+        (["mine", "--from-data", "rows.csv"], "`new FOLDER/mine.yaml`"),
+        (["metric", "close", "--dir", "recipes/kit"], "--dir FOLDER/my_components"),
+    ):
+        assert run_command(["new", *words]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "cannot be written" in said and remedy in said
+
+
 def test_inside_the_package_files_go_where_the_tree_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmrecipe.cli import skeletons
 

@@ -124,6 +124,11 @@ def test_what_is_written_says_why_and_trains(name: str, capsys: pytest.CaptureFi
     assert len(losses) == 2 and json.loads(Path("run/status.json").read_text())["status"] == "done"
 
 
+def small(recipe: str) -> str:
+    """Return what is extended for the embedded model: every weight of it trains where a larger one would get a LoRA."""
+    return "sft" if recipe == "sft_lora" else recipe
+
+
 def _rows_of(name: str) -> str:
     return next(rows for rows, (recipe, _) in USUAL.items() if recipe == ROWS[name][0])
 

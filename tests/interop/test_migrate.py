@@ -218,6 +218,25 @@ def test_data_sets_are_looked_up(tmp_path: Path) -> None:
     assert found.settings["data.columns"] == {"instruction": "ask", "output": "say"}
 
 
+def test_a_share_of_a_split_is_the_held_out_share(tmp_path: Path) -> None:
+    """Only where `dataset_val` is the rest of the same rows: of another set, or of another part, nothing follows."""
+    split = TORCHTUNE.replace("source: json, packed: false", "source: json, packed: false, split: 'train[:95%]'")
+    rest = "{_component_: torchtune.datasets.alpaca_dataset, data_files: rows.jsonl, source: json, split: 'train[95%:]'}"
+    rest = f"dataset_val: {rest}\n"
+    assert _migrated(tmp_path, split + rest).settings["data.validation"] == 0.05
+    for other in (rest.replace("95%", "90%"), rest.replace("rows.jsonl", "more.jsonl"), ""):
+        found = _migrated(tmp_path, split + other)
+        assert "data.validation" not in found.settings
+        assert "dataset.split" in {entry.key for entry in found.of("left")}
+
+
+def test_a_reference_to_another_key_is_written_out(tmp_path: Path) -> None:
+    text = "base: /models/small\n" + TORCHTUNE.replace("checkpoint_dir: tiny", "checkpoint_dir: '${base}/hf'")
+    assert _migrated(tmp_path, text).settings["model.path"] == "/models/small/hf"
+    found = _migrated(tmp_path, text.replace("base:", "other:"))
+    assert "checkpointer.checkpoint_dir" in {entry.key for entry in found.of("left")}
+
+
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdef", "bcdefg", strict=True)
 )
@@ -230,6 +249,7 @@ BAD = {
     "no learning rate": (AXOLOTL.replace("learning_rate: 2e-4", ""), "does not say the learning rate"),
     "another tool": ("lr: 1\nmodel_id: x\n", "no training file of a tool that is known"),
     "no command": (TRL, "--trainer"),
+    "no training": ("checkpointer: {_component_: torchtune.training.X}\ntasks: [mmlu]\n", "trains nothing"),
     "an unknown stage": (LLAMA_FACTORY.replace("stage: dpo", "stage: dop"), "stage: 'dop' (known: sft"),
     "a bomb": (BOMB, "more than"),
     "depth": ("base_model: " + "[" * 5000 + "\n", "nested deeper"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
 from llmrecipe.interop.migrate.counterparts import batch, known_targets, lora
 from llmrecipe.interop.migrate.trainer import LOADING, LOGS, MANY, rows_of
@@ -26,8 +29,17 @@ FORMATS = {"alpaca_dataset": "alpaca", "alpaca_cleaned_dataset": "alpaca", "text
 """Last name of the dataset component -> format."""
 SOURCES = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
 """Rows of a component that names none."""
+REFERENCE = re.compile(r"\$\{(\w+)\}")
+PART = re.compile(r"train\[:([1-9][0-9]?)%\]")
+"""The first rows of a split, as a share."""
 SHARD = Only(MANY, (1, -1, False))
 SAMPLING = Only("this is about sampling: `llmrecipe show grpo` and `llmrecipe show ppo` list the options here", ())
+NO_TRAINING = {
+    "tasks": "llmrecipe eval RUN",
+    "quantizer": "llmrecipe export RUN --to gguf --dtype q8_0",
+    "prompt": "llmrecipe chat RUN",
+}
+"""Key of a file of another command of torchtune -> the command that does that here."""
 RULES: dict[str, Rule] = {
     "output_dir": To("run.root", text, note="each run is a folder of its own below it"),
     "checkpointer.checkpoint_dir": To("model.path", text),
@@ -76,14 +88,23 @@ RULES: dict[str, Rule] = {
     "data_parallel_shard_dim": Only("set runtime.dp_shard", (-1, 1)), "tensor_parallel_dim": Only("set runtime.tp", (1,)),
     "context_parallel_dim": Only("set runtime.cp", (1,)), "data_parallel_replicate_dim": Only("set runtime.dp_replicate", (1,)),
     "name": To("run.name", text),
+    "datasets": Only("several sources with their shares: data.path={FILE: 0.8, OTHER: 0.2} (`llmrecipe docs data`)", ()),
+    **rows_of("ac_mode ac_option", Only("set model.gradient_checkpointing=true: every layer is computed again", ())),
+    "early_exit_loss": Only("no objective here trains exits of earlier layers", ()),
+    "layer_dropout": Only("layers are never left out here", ()),
+    "apply_chat_template": Only("set tokenizer.chat_template (`llmrecipe list chat_template`)", (False,)),
+    "use_distributed_state_dict": Same("checkpoints of several processes are one file here"),
+    "use_flex": Same("the attention kernel follows from model.attention"),
     **rows_of("teacher_model teacher_checkpointer kd_loss", Only("distillation: objective=distill or gkd, roles.teacher", ())),
     **rows_of("policy_model reward_and_value_model ref_policy_model value_model reward_model ref_checkpointer "
               "value_checkpointer "
-              "reward_checkpointer ref_model_checkpointer",
+              "reward_checkpointer ref_model_checkpointer ref_policy_checkpointer",
               Only("other models of a run: roles and objective.reward (`llmrecipe docs tasks`)", ())),
     **rows_of("temperature top_k max_generated_tokens grpo_samples forward_batch_size ppo_epochs ppo_batch_size num_steps "
-              "min_response_length penalise_no_eos reward_penalty whiten_rewards gamma lmbda kl_coeff", SAMPLING),
-    **rows_of("custom_sharded_layers fsdp_cpu_offload fsdp fsdp_reshard_after_forward tensor_parallel_plan", SHARD),
+              "min_response_length penalise_no_eos reward_penalty whiten_rewards gamma lmbda kl_coeff "
+              "stop_token_ids", SAMPLING),
+    **rows_of("custom_sharded_layers fsdp_cpu_offload fsdp fsdp_reshard_after_forward tensor_parallel_plan "
+              "memory_efficient_fsdp_wrap", SHARD),
     **rows_of("log_level log_peak_memory_stats", LOGS),
     **rows_of("base_model_path enable_kv_cache low_cpu_ram dataloader", LOADING),
 }  # fmt: skip
@@ -91,10 +112,20 @@ RULES: dict[str, Rule] = {
 
 
 def read_torchtune(account: Account, command: str | None) -> str:
-    """Enter every key of a file; return the objective."""
+    """Enter every key of a file; return the objective.
+
+    Raises:
+        RecipeError: it is of a command that trains nothing.
+    """
+    if account.raw("optimizer") is None and account.raw("loss") is None:
+        does = next((verb for key, verb in NO_TRAINING.items() if account.raw(key) is not None), "llmrecipe --help")
+        raise RecipeError(
+            f"{account.source.where()}: this file of torchtune trains nothing: it has neither an optimizer nor a loss. What it "
+            f"does is done here with a run or a model folder: {does}"
+        )
+    _references(account)
     objective = _objective(account)
     account.choices |= {"objective": objective, "stack": _stack(account, objective)}
-    _references(account)
     if not account.read("profiler.enabled", flag, False):
         account.same("profiler", "off")
     batch(account, "batch_size", "gradient_accumulation_steps")
@@ -176,10 +207,14 @@ def _stack(account: Account, objective: str) -> list[str]:
 
 
 def _references(account: Account) -> None:
-    """Resolve `${output_dir}` in the keys that are carried; in others it does not matter."""
-    for key in ("checkpointer.checkpoint_dir", "output_dir"):
-        if "${" in str(account.raw(key) or ""):
-            account.leave(key, "it refers to another key: write the place itself, model.path or run.root")
+    """Write out `${name}` in the keys that are carried, where it names a value of the file; in others it does not matter."""
+    for key, path in (("checkpointer.checkpoint_dir", "model.path"), ("output_dir", "run.root")):
+        given = str(account.raw(key) or "")
+        place = REFERENCE.sub(lambda found: str(account.raw(found[1]) or found[0]), given)
+        if "${" in place:
+            account.leave(key, f"it refers to another key: write the place itself, {path}")
+        elif place != given:
+            account.carry(key, path, place, "the key it refers to is written out")
 
 
 def _schedule(account: Account) -> None:
@@ -242,11 +277,7 @@ def _data(account: Account, objective: str) -> None:
         on = account.read("dataset.packed", flag)
         note = "batch.size counts rows, packed or not; there it counted packs: multiply it by the rows of a pack" if on else ""
         account.carry("dataset.packed", "data.packing", "on" if on else "off", note)
-    split = account.raw("dataset.split")
-    if split == "train":
-        account.same("dataset.split", "the training rows")
-    elif split is not None:
-        account.leave("dataset.split", "a part of a split: set data.validation=0.05 for the rest, or data.limit=ROWS")
+    _split(account)
     if (system := account.raw("dataset.new_system_prompt")) is not None:
         account.carry("dataset.new_system_prompt", "data.system", text(system))
     if objective == "sft":
@@ -261,3 +292,25 @@ def _data(account: Account, objective: str) -> None:
         account.carry("tokenizer.max_seq_len", "data.max_length", length, "longer rows are left out; there their end is cut")
     else:
         account.assume("tokenizer.max_seq_len", "data.max_length", 8192, "rows have no limit there")
+
+
+def _split(account: Account) -> None:
+    """Enter the part of the rows that trains, and the rest of them where `dataset_val` is that rest."""
+    split = account.raw("dataset.split")
+    part = PART.fullmatch(str(split))
+    if split == "train":
+        account.same("dataset.split", "the training rows")
+    elif part and _is_rest(account, part[1]):
+        held_out = round(1 - int(part[1]) / 100, 2)
+        account.carry("dataset.split", "data.validation", held_out, "rows are drawn by chance; there they are the last ones")
+        account.same("dataset_val", "the rest of these rows, see dataset.split")
+    elif split is not None:
+        account.leave("dataset.split", "a part of a split: set data.validation=0.05 for the rest, or data.limit=ROWS")
+
+
+def _is_rest(account: Account, percent: str) -> bool:
+    """Return whether `dataset_val` is what the training rows leave of the same split of the same set."""
+    training, held_out = account.raw("dataset"), account.raw("dataset_val")
+    if not isinstance(held_out, dict) or held_out.get("split") != f"train[{percent}%:]":
+        return False
+    return all(training.get(key) == value for key, value in held_out.items() if key != "split")
