@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmrecipe.cli.arguments import ConfigDir, Json, Quiet, Verbose, Words, need_recipe, sort_words
 from llmrecipe.core.console import console, number, print_json, say
+from llmrecipe.core.score_intervals import with_interval
 
 if TYPE_CHECKING:
     from llmrecipe.pipelines.search.study import Search
@@ -45,9 +46,16 @@ def run_search(recipe: str, words: list[str], as_json: bool = False) -> None:
         from dataclasses import asdict
 
         shares = importances(found, trials)
-        print_json({"best": asdict(best), "recipe": str(path), "importance": shares, "trials": [asdict(t) for t in trials]})
+        known = {"interval": found.ends, "final": None if found.final is None else asdict(found.final)}
+        listed = [asdict(t) for t in trials]
+        print_json({"best": asdict(best), "recipe": str(path), "importance": shares, "trials": listed, **known})
         return
     show_trials(found, trials)
+    if found.final is not None:
+        from llmrecipe.core.score_intervals import shown
+
+        scores = ", ".join(f"{name} {text}" for name, text in shown(found.final.test, number).items())
+        say(f"final: {scores}, by {found.final.dir}, trained on training and validation rows")
     if image is not None:
         say(f"picture: {image}")
     say(f"done: {path}")
@@ -64,12 +72,14 @@ def show_trials(search: Search, trials: list[Trial]) -> None:
     several = len(search.seeds) > 1
     names = [*keys, search.evaluation.monitor, *(["std"] if several else []), *against]
     shown = Table("trial", *names, "", box=None, header_style="bold")
+    best = search.best(trials).number
     for trial in ranked(search, trials)[:SHOWN]:
         cells = [number(trial.point[k]) for k in keys]
         spread = [number(trial.spread)] if several else []
         spent = [number(trial.costs.get(cost)) for cost in against]
         state = trial.state if trial.state != "done" else "front" if trial.number in front else ""
-        shown.add_row(str(trial.number), *cells, number(trial.value), *spread, *spent, state)
+        value = with_interval(trial.value, search.ends if trial.number == best else None, number)
+        shown.add_row(str(trial.number), *cells, value, *spread, *spent, state)
     out = console()
     out.print(f"{search.composition.name}: {len(trials)} trials in {search.folder}", soft_wrap=True)
     out.print(shown)

@@ -17,10 +17,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
+    field_validator,
     model_validator,
 )
 
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import StopText, registered
+from llmrecipe.core.time_limit import compiled
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -168,6 +171,15 @@ class DataSection(Section):
         "auto", description="Row format; `auto` detects and prints it.", json_schema_extra=registered("format", "auto")
     )
     columns: dict[str, str] = Field(default_factory=dict, description="Mapping wanted column -> column in the file.")
+    label_words: dict[int | str, str] = Field(
+        default_factory=dict,
+        description="Label -> the word that says it, such as {0: bad, 1: good}: rows of a text and a label become questions "
+        "with these words to choose from, for objective=choices.",
+    )
+    label_prompt: str = Field(
+        "{text}",
+        description="What `label_words` continue: text with columns of the row in braces, such as '{text} All in all, it was'.",
+    )
     control: dict[str, Literal["rows", "words"]] = Field(
         default_factory=dict,
         description="For a control run, in which training rows teach nothing: column of the file -> `rows` (each row has the "
@@ -175,6 +187,11 @@ class DataSection(Section):
     )
     validation: str | Share | None = Field(None, description="File or share of the training rows; default: the folder's own.")
     test: str | Share | None = Field(None, description="Like validation; read once, after training.")
+    train_on: Literal["train", "train+validation"] = Field(
+        "train",
+        description="Rows that train. `train+validation` joins both splits, which leaves none to validate on: for the last "
+        "run, once its settings are chosen.",
+    )
     max_length: PositiveInt = Field(1024, description="Longest row in tokens.")
     truncation: str = Field(
         "auto",
@@ -209,6 +226,14 @@ class DataSection(Section):
     max_moved: float = Field(
         0.5, ge=0.0, le=1.0, description="Largest share of rows whose prompt may lose its end to the answer's first token."
     )
+
+    @field_validator("label_words")
+    @classmethod
+    def _one_kind(cls, given: dict[int | str, str]) -> dict[int | str, str]:
+        """Refuse labels of which some are numbers and some are text: they have no order, by which results are named."""
+        if len({type(label) for label in given}) > 1:
+            raise ValueError("labels that are all numbers, or all text")
+        return given
 
 
 class BatchWarmupSection(Section):
@@ -330,6 +355,24 @@ class EvalSection(Section):
     samples: NonNegativeInt = Field(0, description="Generate this many answers at each evaluation.")
     max_new_tokens: PositiveInt = Field(64, description="Length limit of generated answers.")
     stop: list[StopText] = Field(default_factory=list, description="Texts before which a generated answer ends.")
+    extract: str | None = Field(
+        None,
+        description="Regular expression of what eval.metrics compare: of a generated answer and of a reference the last match, "
+        "or its group, such as '\\b([A-E])\\b' for the letter of a choice. An answer without one counts as empty.",
+    )
+
+    @field_validator("extract")
+    @classmethod
+    def _pattern(cls, given: str | None) -> str | None:
+        """Refuse what is no regular expression, or has several groups."""
+        if given is not None:
+            try:
+                groups = compiled(given, "eval.extract").groups
+            except RecipeError as error:
+                raise ValueError(f"a regular expression ({str(error).partition('expression: ')[2]})") from error
+            if groups > 1:
+                raise ValueError(f"a regular expression of one group at most (of {groups}, the others as (?:...))")
+        return given
 
 
 class SaveSection(Section):
@@ -431,6 +474,16 @@ class SearchSection(Section):
         default_factory=list, description="Seeds each trial is run with; its value is their mean. Default: the recipe's seed."
     )
     seed: NonNegativeInt = Field(0, description="Seed of the sampler.")
+    lr_scaling: Literal["off", "sqrt", "linear"] = Field(
+        "off",
+        description="Multiply the learning rate of a trial by (b / b0)^(1/2) (sqrt: Adam) or b / b0 (linear: SGD), b its "
+        "batch.size and b0 the recipe's, so that optim.lr of the space is that of b0.",
+    )
+    final: bool = Field(
+        False,
+        description="Train the best point once more on training and validation rows together, for as long as its trial took to "
+        "its best evaluation, and score the test split once.",
+    )
     prune: Literal["off", "halving", "median"] = Field(
         "off", description="Stop trials early that are behind at an evaluation (needs eval.every)."
     )

@@ -230,7 +230,7 @@ def test_a_score_that_is_not_a_number_never_wins(lab: Lab, monkeypatch: pytest.M
     found, trials = searched("search={space: {batch.size: [2, 4, 8]}, sampler: grid}", "optim.lr=1e-3")
     assert [t.state for t in trials] == ["failed", "done", "done"] and found.best(trials).point == {"batch.size": 4}
     monkeypatch.setattr(Search, "_curve", lambda self, planned: [(0, nan), (2, 1.5), (4, nan)])
-    planned = found._planned(0, {"batch.size": 4}, 0)
+    planned = found.planned("0", found.trial_composition({"batch.size": 4}, 0))
     assert found._value(planned) == 1.5
     monkeypatch.setattr(found, "evaluation", found.evaluation.model_copy(update={"load_best": False}))
     assert math.isnan(found._value(planned))

@@ -13,7 +13,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,6 +192,10 @@ def open_split(data: DataSection, split: str) -> list[Part]:
     """
     if split not in ALIASES:
         raise DataError(f"split '{split}' is unknown{did_you_mean(split, ALIASES)} (known: {', '.join(ALIASES)})")
+    if data.train_on != "train" and split == "train":
+        return _joined_parts(data)
+    if data.train_on != "train" and split == "validation":
+        raise NoSplitError(f"data.train_on: {data.train_on} leaves no validation rows")
     setting = None if split == "train" else getattr(data, split)
     if isinstance(setting, str):
         reader = _open(setting, split, data.streaming, True, bounds_of(data))
@@ -214,6 +218,50 @@ def open_split(data: DataSection, split: str) -> list[Part]:
         hint = f"set data.{split}=FILE or a share such as data.{split}=0.1" if split != "train" else "name a file of rows"
         raise NoSplitError(f"data.path: {names} has no {split} split; {hint}")
     return parts
+
+
+def _joined_parts(data: DataSection) -> list[Part]:
+    """Open the training and the validation rows as the parts of one split.
+
+    A source that has both is one part; rows of another file for validation are a part of their own.
+
+    Raises:
+        DataError: there are no validation rows, they are streamed, or the weights of a mixture do not say how many they are.
+    """
+    if data.streaming:
+        raise DataError(f"data.train_on: {data.train_on} joins files, which a stream does not; set data.streaming=false")
+    apart = data.model_copy(update={"train_on": "train"})
+    own = open_split(apart, "validation")
+    if data.validation is not None and not isinstance(data.validation, str):
+        return open_split(data.model_copy(update={"train_on": "train", "validation": 0.0}), "train")
+    parts = open_split(apart, "train")
+    if isinstance(data.validation, str):
+        if any(part.weight is not None for part in parts):
+            raise DataError(
+                "data.train_on: the sources of data.path have weights, and the file of data.validation has none; name it in "
+                "data.path with a weight instead"
+            )
+        return [*parts, *own]
+    held = {name: part for name in paths_of(data) for part in _validation_of(apart, name)}
+    return [
+        part if name not in held else replace(part, reader=_one_reader(part.reader, held[name].reader))
+        for name, part in zip(paths_of(data), parts, strict=True)
+    ]
+
+
+def _validation_of(data: DataSection, name: str) -> list[Part]:
+    """Return the validation rows of one source, if it has some."""
+    try:
+        return open_split(data.model_copy(update={"path": name}), "validation")
+    except NoSplitError:
+        return []
+
+
+def _one_reader(training: Reader, validation: Reader) -> Reader:
+    """Return a reader of the rows of two."""
+    joined = JoinedReader(training.name, [training, validation])
+    joined.ignored = training.ignored
+    return joined
 
 
 def _interval(data: DataSection, split: str) -> tuple[float, float] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import Composition, compose
 from llmrecipe.recipe.overrides import as_word
-from llmrecipe.recipe.schema import RangeSection, SearchSection
+from llmrecipe.recipe.schema import RangeSection, Recipe, SearchSection
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -25,6 +25,24 @@ def point_words(point: Mapping[str, Any]) -> list[str]:
     """Return the overrides that set a point, without options of methods that are not in the stack it chooses."""
     chosen = point.get("stack")
     return [as_word(tuple(key.split(".")), value) for key, value in point.items() if chosen is None or applies(key, chosen)]
+
+
+def scaled_rate(section: SearchSection, recipe: Recipe, size: int) -> list[str]:
+    """Return the override that scales a trial's learning rate with its batch size, if one is wanted.
+
+    A batch of b rows averages b gradients. With plain gradient descent steps may grow like b (Goyal et al. 2017, Accurate,
+    Large Minibatch SGD, arXiv 1706.02677); with Adam, which divides by the size of the gradient, like the square root of b
+    (Malladi et al. 2022, On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, arXiv 2205.10287).
+
+    Args:
+        recipe: of the trial, with its learning rate as the space has it.
+        size: b0, the batch size for which the space's learning rates are meant.
+    """
+    if section.lr_scaling == "off" or recipe.batch.size == size:
+        return []
+    power = {"sqrt": 0.5, "linear": 1.0}[section.lr_scaling]
+    scaled = float(recipe.optim["lr"]) * (recipe.batch.size / size) ** power
+    return [as_word(("optim", "lr"), float(f"{scaled:.6g}"))]
 
 
 def applies(key: str, stack: Sequence[str]) -> bool:
@@ -71,7 +89,7 @@ def check_space(recipe: str, words: list[str], section: SearchSection) -> None:
 
 
 def _other_keys(section: SearchSection) -> list[str]:
-    """Return what is wrong with `start`, `limits` and `pick`."""
+    """Return what is wrong with `start`, `limits`, `lr_scaling` and `pick`."""
     found = []
     if section.start and section.sampler in ("grid", "stepwise"):
         found.append(f"search.start: {section.sampler} says itself what is tried; leave it out, or take another sampler")
@@ -91,6 +109,10 @@ def _other_keys(section: SearchSection) -> list[str]:
         for cost in section.limits
         if cost not in section.against
     ]
+    if section.lr_scaling != "off" and "batch.size" not in section.space:
+        found.append(
+            "search.lr_scaling: all trials have the same batch size, so nothing is scaled; add batch.size to search.space"
+        )
     if section.pick == "knee" and not section.against:
         found.append("search.pick: a knee is where score bends over a cost; name one in search.against, or use pick: best")
     return found

@@ -4,6 +4,8 @@
         trials.jsonl        one line a finished trial: number, point, value of each seed, state
         <number>-<key>/     the run of a trial and a seed
         searched.yaml       the best trial as a plain recipe
+        interval.json       the interval of its score over the validation rows, where it has one seed
+        final-<key>/        with `final`: its last training, on training and validation rows
         pareto/             with `against`: every trial that no other beats in score and costs, as a plain recipe
         search.png          values over trials and over each key of the space, and the front
 
@@ -23,7 +25,7 @@ import os
 import shlex
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +35,7 @@ from llmrecipe.core.apart import apart
 from llmrecipe.core.console import say_aside, say_progress
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.foreign import parse_json, reading
+from llmrecipe.core.score_intervals import Ends, with_interval
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.data.formats.sources import has_split
@@ -40,6 +43,7 @@ from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
 from llmrecipe.pipelines.search.samplers import new_study, sample_trial
 from llmrecipe.pipelines.search.trial import Trial
+from llmrecipe.pipelines.search.winner import FINAL_WORDS, Final, check_final, final_length, row_interval, run_final
 from llmrecipe.pipelines.subprocesses import Children, Machine
 from llmrecipe.recipe.code_key import code_of
 from llmrecipe.recipe.compose import Composition, compose, to_yaml
@@ -83,6 +87,8 @@ class Search:
         self.lock, self.busy = threading.Lock(), dict[str, threading.Lock]()
         self.folders: dict[str, Path] = {}
         self.one_came_to_an_end, self.not_begun = False, 0
+        self.ends: Ends | None = None
+        self.final: Final | None = None
         own = ("run", "search")
         self.base = [w for w in words if w.lstrip("+~").split("=")[0].split(".")[0] not in own]
 
@@ -103,15 +109,17 @@ class Search:
         space.check_space(self.recipe, [*self.base, *OWN_WORDS], self.section)
         if self.evaluation.monitor.startswith("eval/") and not has_split(self.composition.recipe.data, "validation"):
             raise RecipeError(f"eval.monitor: {self.evaluation.monitor} compares the trials, and {NO_SPLIT}")
+        if self.section.final:
+            first = {key: space.first(value) for key, value in self.section.space.items()}
+            check_final(self.composition.recipe.data, self._compose(FINAL_WORDS, first).recipe.data)
         self.mode = apart(self._examined, "search: the check of its first trial")
 
     def _examined(self) -> Direction:
         """Dry-run the first point; return the better direction of what is monitored."""
         from llmrecipe.training.dry_run import examine
 
-        examine(
-            self._compose({key: space.first(value) for key, value in self.section.space.items()}, self.seeds[0]), follow=False
-        )
+        first = {key: space.first(value) for key, value in self.section.space.items()}
+        examine(self.trial_composition(first, self.seeds[0]), follow=False)
         return self.mode
 
     @functools.cached_property
@@ -216,7 +224,7 @@ class Search:
         spent: list[dict[str, float]] = []
         for seed in self.seeds:
             with self.lock:  # composing is not for several threads at once
-                planned = self._planned(number, point, seed)
+                planned = self.planned(str(number), self.trial_composition(point, seed))
                 busy = self.busy.setdefault(planned.key, threading.Lock())
             trial.dirs.append(str(planned.dir))
             enough = self._pruner(planned, drawn, trial) if seed == self.seeds[0] and self.section.prune != "off" else None
@@ -250,17 +258,34 @@ class Search:
         trial.generations = {k: v for k, v in noted.items() if isinstance(v, int)}
         return trial
 
-    def _planned(self, number: int, point: dict[str, Any], seed: int) -> Planned:
-        composition = self._compose(point, seed)
+    def planned(self, name: str, composition: Composition) -> Planned:
+        """Return a run of this search; the same recipe is the same run."""
         key = content_key(composition.mapping, {})
-        stage = WrittenStage(f"{number}", ("search",), self.recipe, tuple(composition.overrides))
+        stage = WrittenStage(name, ("search",), self.recipe, tuple(composition.overrides))
         known = sorted(self.folder.glob(f"*-{key}"))  # the same point drawn again is the same run
-        folder = self.folders.setdefault(key, known[0] if known else self.folder / f"{number}-{key}")
+        folder = self.folders.setdefault(key, known[0] if known else self.folder / f"{name}-{key}")
         code = code_of(composition.mapping)
         return Planned(stage, composition.overrides, composition.mapping, composition, key, folder, code)
 
-    def _compose(self, point: dict[str, Any], seed: int) -> Composition:
-        made = compose(self.recipe, [*self.base, *OWN_WORDS, *space.point_words(point), f"seed={seed}"])
+    def trial_composition(self, point: dict[str, Any], seed: int) -> Composition:
+        """Compose the recipe of a trial with one of its seeds."""
+        return self._compose(OWN_WORDS, point, [f"seed={seed}"])
+
+    def final_run(self, best: Trial) -> Planned:
+        """Return the last training of the best trial, with the first of its seeds.
+
+        Raises:
+            RunError: no step of the trial made its model better.
+        """
+        length = final_length(best, self.trial_composition(best.point, self.seeds[0]).recipe)
+        return self.planned("final", self._compose(FINAL_WORDS, best.point, [f"seed={self.seeds[0]}", *length]))
+
+    def _compose(self, own: Sequence[str], point: dict[str, Any], more: Sequence[str] = ()) -> Composition:
+        """Compose the recipe with a point, its learning rate scaled to its batch size where `lr_scaling` says so."""
+        words = [*self.base, *own, *space.point_words(point), *more]
+        made = compose(self.recipe, words)
+        if scaled := space.scaled_rate(self.section, made.recipe, self.composition.recipe.batch.size):
+            made = compose(self.recipe, [*words, *scaled])
         if made.foreign and rights_of(made.recipe.model) != rights_of(self.composition.recipe.model):
             raise RecipeError(
                 f"search.space: {made.path} belongs to a run or a model folder, so its space gives no rights; where you trust "
@@ -328,10 +353,12 @@ class Search:
 
     def _head(self) -> dict[str, Any]:
         """Return what the trials of a journal have in common; the number of trials may grow."""
-        section = self.section.model_dump(mode="json", exclude={"trials", "pick", "limits"})
+        section = self.section.model_dump(mode="json", exclude={"trials", "pick", "limits", "final"})
         section = {key: value for key, value in section.items() if value or key not in ("against", "start")}
         if section["parallel"] == 1:
             del section["parallel"]
+        if section["lr_scaling"] == "off":
+            del section["lr_scaling"]
         if self.section.sampler != "stepwise":
             del section["samples"]
         first = first_words({**self.composition.mapping, "search": section})["search"]
@@ -399,21 +426,22 @@ class Search:
                 self._write_point(folder / name, trial, f"a trial on the front of {len(trials)}")
             about = f"one of {len(front)} trials on the front of {len(trials)}"
         path = self.folder / "searched.yaml"
-        self._write_point(path, best, about)
+        self._write_point(path, best, about, of_best=True)
         return path
 
-    def _write_point(self, path: Path, trial: Trial, about: str) -> None:
-        composition = compose(self.recipe, [*self.base, "search=null", *space.point_words(trial.point)])
+    def _write_point(self, path: Path, trial: Trial, about: str, of_best: bool = False) -> None:
+        composition = self._compose(["search=null"], trial.point)
         spent = "".join(f", {key} {value:.6g}" for key, value in trial.costs.items())
+        value = with_interval(trial.value, self.ends if of_best else None, lambda v: f"{v:.6g}")
         head = (
-            f"# {self.composition.name} with {about}: {self.evaluation.monitor} {trial.value:.6g}{spent}\n"
+            f"# {self.composition.name} with {about}: {self.evaluation.monitor} {value}{spent}\n"
             f"#   {', '.join(f'{k}={v}' for k, v in trial.point.items())}\n"
         )
         write_text(path, head + to_yaml(composition.mapping))
 
 
 def search(recipe: str, words: list[str]) -> tuple[Search, list[Trial]]:
-    """Run or resume a search.
+    """Run or resume a search; the best trial is then scored for its interval, and trained once more where `final` says so.
 
     Raises:
         UserError: the recipe or its space is wrong (before anything starts), or no trial completed.
@@ -424,6 +452,12 @@ def search(recipe: str, words: list[str]) -> tuple[Search, list[Trial]]:
     folder = RunDir(found.folder)
     folder.lock()
     try:
-        return found, found.run()
+        trials = found.run()
+        best = found.best(trials)
+        found.ends = row_interval(found.folder, found.evaluation, found.composition.recipe.model, best)
+        found.write_best(best, trials)
+        if found.section.final:
+            found.final = run_final(found.pipeline, found.final_run(best), found.folder)
+        return found, trials
     finally:
         folder.unlock()

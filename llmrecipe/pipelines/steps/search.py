@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.option_types import ClassVar, Field
 from llmrecipe.core.registry import register
+from llmrecipe.core.score_intervals import ENDS
 from llmrecipe.pipelines.step import Step
 from llmrecipe.pipelines.steps.searched_recipe import SearchedRecipe
 from llmrecipe.recipe.step_spec import unfinished
@@ -19,8 +20,9 @@ class Search(SearchedRecipe, Step):
     """best = argmin over trials t of eval.monitor(run of recipe with the values of t), as `llmrecipe search` finds it.
 
     The recipe's own `search` says what is tried; `${stage:x}` is the run directory of the best trial (of its first seed), so
-    that later stages continue from that model. Trials are in `trials/` with their journal and `searched.yaml`, the best as a
-    plain recipe; one that is finished is never run again. `seed` is the trials' seed, unless `search.seeds` lists others.
+    that later stages continue from that model; with `search.final` it is the run of its last training. Trials are in `trials/`
+    with their journal and `searched.yaml`, the best as a plain recipe; one that is finished is never run again. `seed` is the
+    trials' seed, unless `search.seeds` lists others.
     """
 
     gives: ClassVar[str] = "model"
@@ -46,9 +48,10 @@ class Search(SearchedRecipe, Step):
 
         found, trials = search(self.recipe, [*self.words, f"seed={work.seed}", f"run.dir={work.path / 'trials'}"])
         best = found.best(trials)
-        found.write_best(best, trials)
         for trial in trials:
             work.events.step(trial.number + 1, **({} if trial.value is None else {found.evaluation.monitor: trial.value}))
-        self.link_best(work.path, best.dirs[0])
+        self.link_best(work.path, best.dirs[0] if found.final is None else found.final.dir)
         point = {f"best/{key}": value for key, value in best.point.items()}
-        return {found.evaluation.monitor: best.value, "trials": len(trials), **point}
+        monitor, tested = found.evaluation.monitor, {} if found.final is None else found.final.test
+        ends = {} if found.ends is None else {f"{monitor}/{end}": v for end, v in zip(ENDS, found.ends, strict=True)}
+        return {monitor: best.value, **ends, **tested, "trials": len(trials), **point}
