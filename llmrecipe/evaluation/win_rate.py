@@ -14,6 +14,9 @@ one d:
 
     margin      mean [log pi(c) - log pi_0(c)] - [log pi(d) - log pi_0(d)], the implicit reward's margin without its factor beta
     preferred   share of pairs whose margin is positive
+
+Each has a 95 % interval from prompts (or pairs) that are drawn again with replacement, both models' answers to a prompt
+together (`training.intervals`). It holds for these answers: what other draws of answers would change is not in it.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
+from llmrecipe.data.collate import Batch
 from llmrecipe.data.collate import Sequence as Tokens
 from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.generation import decode_ids, generate
@@ -38,9 +43,12 @@ from llmrecipe.objectives.alignment._engines.kl import kl_estimate
 from llmrecipe.objectives.alignment._engines.pairs import collate_pairs, policy_scores
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.recipe.schema import DataSection
+from llmrecipe.training.intervals import RowScores, all_ends
 
 ROWS = 32
 """Answers or pairs in one scoring pass."""
+SAMPLES = 1000
+"""How often prompts and pairs are drawn again for the intervals."""
 
 
 @dataclass(frozen=True)
@@ -116,38 +124,58 @@ class HeadToHead:
 
     def baseline(self) -> dict[str, float]:
         """Return the scores of pi_0 against itself."""
-        return {"win_rate": win_rate(self.scores, self.scores), **self._own(self.answers, self.scores), "kl": 0.0}
+        return self._facts(self.answers, self.scores, torch.zeros(len(self.answers), dtype=torch.float64), None)
 
     def measure(self, subject: Subject) -> dict[str, float]:
-        """Compute every quantity of the module docstring for one model."""
+        """Compute every quantity of the module docstring for one model, with `NAME/low` and `NAME/high` of each."""
         answers = self.answer(subject)
-        scores = self.score(answers)
-        facts = {"win_rate": win_rate(scores, self.scores), **self._own(answers, scores), "kl": self._kl(subject, answers)}
-        if self.pairs:
-            margins = self._margins(subject)
-            facts |= {"margin": float(margins.mean()), "preferred": float((margins > 0).double().mean())}
-        return facts
+        margins = self._margins(subject) if self.pairs else None
+        return self._facts(answers, self.score(answers), self._divergences(subject, answers), margins)
 
-    def _own(self, answers: Sequence[Answer], scores: Tensor) -> dict[str, float]:
-        length = sum(len(a.ids) for a in answers) / len(answers)
-        reward = float(scores.nanmean())
-        return {"reward": reward, "gain": reward - float(self.scores.nanmean()), "length": length}
+    def _facts(
+        self, answers: Sequence[Answer], scores: Tensor, divergences: Tensor, margins: Tensor | None
+    ) -> dict[str, float]:
+        """Return every score with its interval.
+
+        Args:
+            scores: of the answers, (prompts, n).
+            divergences: of each answer, (prompts * n).
+            margins: of each pair, (pairs).
+        """
+        rows = RowScores(SAMPLES, self.config.seed)
+        wins = outcomes(scores, self.scores).flatten(1)
+        lengths = torch.tensor([float(len(a.ids)) for a in answers], dtype=torch.float64).view(-1, self.config.n)
+        rows.statistics = {name: _sums(v) for name, v in (("win_rate", wins), ("reward", scores), ("length", lengths))}
+        rows.statistics["gain"] = np.hstack([_sums(scores), _sums(self.scores)])
+        rows.totals["gain"] = lambda sums: _ratio(*sums[:2]) - _ratio(*sums[2:])
+        rows.statistics["kl"] = _sums(divergences.view(-1, self.config.n))
+        if margins is not None:
+            rows.statistics["margin"] = _sums(margins[:, None])
+            rows.statistics["preferred"] = _sums((margins > 0).double()[:, None])
+        found = {
+            name: rows.totals.get(name, lambda sums: _ratio(*sums))(v.sum(0).tolist()) for name, v in rows.statistics.items()
+        }
+        return found | all_ends(rows.drawn(None))
 
     @torch.no_grad()
-    def _kl(self, subject: Subject, answers: Sequence[Answer]) -> float:
-        total = 0.0
+    def _divergences(self, subject: Subject, answers: Sequence[Answer]) -> Tensor:
+        """Return the estimate of each answer, (answers,)."""
+        parts = []
         for part in _parts(answers):
-            own, base = (self._tokens(s, part) for s in (subject, self.base))
-            total += float(kl_estimate(own, base, "k3").double().sum())
-        return total / len(answers)
+            (batch, own), (_, base) = (self._tokens(s, part) for s in (subject, self.base))
+            estimates = kl_estimate(own.double(), base.double(), "k3")
+            parts.append(batch.sum_by_sequence(estimates.to(subject.roles.device)).double().cpu())
+        return torch.cat(parts)
 
     @staticmethod
-    def _tokens(subject: Subject, answers: Sequence[Answer]) -> Tensor:
+    def _tokens(subject: Subject, answers: Sequence[Answer]) -> tuple[Batch, Tensor]:
+        """Return the answers as a batch, and the log-probability of each of their tokens, (N,)."""
         sequences = [
             Tokens([*a.prompt_ids, *a.ids], [0] * len(a.prompt_ids) + [1] * len(a.ids), prompt=len(a.prompt_ids))
             for a in answers
         ]
-        return subject.roles.policy(subject.roles.layout(sequences))["logprobs"].float().cpu()
+        batch = subject.roles.layout(sequences)
+        return batch, subject.roles.policy(batch)["logprobs"].float().cpu()
 
     @torch.no_grad()
     def _margins(self, subject: Subject) -> Tensor:
@@ -158,14 +186,27 @@ class HeadToHead:
         return torch.cat(parts)
 
 
-def win_rate(own: Tensor, other: Tensor) -> float:
-    """Compute the mean over prompts, i and j of [own_i > other_j] + 1/2 [own_i = other_j]; both (prompts, n).
+def outcomes(own: Tensor, other: Tensor) -> Tensor:
+    """Return [own_i > other_j] + 1/2 [own_i = other_j] of every i and j of each prompt, (prompts, n, n); both are (prompts, n).
 
-    Pairs with a NaN are no part of it; NaN where no others are left.
+    NaN where one of both is.
     """
     a, b = own[:, :, None], other[:, None, :]
-    known = ~(a.isnan() | b.isnan())
-    return float(((a > b).double() + 0.5 * (a == b).double())[known].mean())
+    return torch.where(a.isnan() | b.isnan(), math.nan, (a > b).double() + 0.5 * (a == b).double())
+
+
+def win_rate(own: Tensor, other: Tensor) -> float:
+    """Compute the mean over prompts, i and j of `outcomes`; NaN where none of them is known."""
+    return float(outcomes(own, other).nanmean())
+
+
+def _sums(values: Tensor) -> np.ndarray:
+    """Return sum and number of the known values of each row, (rows, 2); the values are (rows, k)."""
+    return torch.stack([values.nansum(1), (~values.isnan()).double().sum(1)], 1).double().numpy()
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

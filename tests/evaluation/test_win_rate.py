@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.evaluation.evaluate_model import Subject, open_subject
-from llmrecipe.evaluation.win_rate import HeadToHead, HeadToHeadConfig, win_rate
+from llmrecipe.evaluation.win_rate import SAMPLES, HeadToHead, HeadToHeadConfig, win_rate
 
 CONFIG = HeadToHeadConfig("builtin:prompts", "builtin:preference", {"rule": {"rule": "manners"}}, 2, 12, 128, "test", 5, 3)
 
@@ -45,9 +47,31 @@ def test_every_answer_meets_every_answer_to_its_own_prompt_and_ties_count_half()
     assert win_rate(own, own) == 0.5
 
 
+def test_intervals_are_those_of_prompts_drawn_again(pairing: HeadToHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Win rate and gain again from their definition, on the prompts of each sample: both models' answers move together."""
+    draws = torch.Generator().manual_seed(1)
+    scores, start = (torch.rand(5, 2, generator=draws, dtype=torch.float64) for _ in range(2))
+    scores[2, 1] = math.nan
+    monkeypatch.setattr(pairing, "scores", start)
+    found = pairing._facts(pairing.answers, scores, torch.arange(10.0), torch.tensor([1.0, -1.0, 2.0]))
+    counts = np.random.default_rng([CONFIG.seed, 5]).multinomial(5, [0.2] * 5, size=SAMPLES)
+    values: dict[str, list[float]] = {"win_rate": [], "gain": []}
+    for count in counts:
+        drawn = torch.repeat_interleave(torch.arange(5), torch.tensor(count))
+        values["win_rate"].append(win_rate(scores[drawn], start[drawn]))
+        values["gain"].append(float(scores[drawn].nanmean() - start[drawn].mean()))
+    assert (found["win_rate"], found["gain"]) == pytest.approx((1 / 3, float(scores.nanmean() - start.mean())))
+    for name, drawn_again in values.items():
+        low, high = np.quantile(drawn_again, [0.025, 0.975])
+        assert (found[f"{name}/low"], found[f"{name}/high"]) == pytest.approx((low, high), abs=1e-12)
+        assert low < found[name] < high
+    assert {n.rpartition("/")[0] for n in found if n.endswith("/low")} == {n for n in found if "/" not in n}
+
+
 def test_a_model_against_itself_is_even_and_nowhere_apart(pairing: HeadToHead) -> None:
     found = pairing.measure(pairing.base)
-    assert found == {**pairing.baseline(), "margin": 0.0, "preferred": 0.0}
+    even = {f"{name}{end}": 0.0 for name in ("margin", "preferred") for end in ("", "/low", "/high")}
+    assert found == {**pairing.baseline(), **even}
     assert (found["win_rate"], found["gain"], found["kl"]) == (0.5, 0.0, 0.0)
 
 
