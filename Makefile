@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HARNESS := $(VENV)/.harness
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -15,7 +16,7 @@ demo: $(READY)  ## train a DPO LoRA on the embedded model and data, then ask it 
 test: $(READY)  ## the fast suite
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile
 
-test-all: $(READY)  ## everything: parity with trl and peft, whole recipes, two processes, kills
+test-all: $(READY) $(HARNESS)  ## everything: parity with trl, peft and lm-evaluation-harness, whole recipes, two processes, kills
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)  ## runs and pipelines killed at every stage and moment: what goes on equals what ran through
@@ -58,6 +59,10 @@ tiny-model: $(READY)  ## corpus and weights of the embedded model, from nothing
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(HARNESS): $(READY)
+	$(BIN)/python -c "import lm_eval" 2>/dev/null || $(PIP) -e ".[eval]"
+	touch $(HARNESS)
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
