@@ -19,6 +19,9 @@ from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.methods.selective.bitfit import Bitfit
 from llmrecipe.objectives.finetuning.sft import Sft
 from llmrecipe.training.dry_run import check
+from tests.objectives.test_encoder_decoder import FAMILIES, pair_model
+from tests.objectives.test_encoder_decoder import ROWS as PAIRS
+from tests.objectives.test_encoder_decoder import words as words_of_pair
 from tests.tiny import roles_for, tiny_model
 from tests.trainings import events, learned, resumes_to_the_bit, train_recipe
 
@@ -84,6 +87,49 @@ def test_loss_and_gradients_are_the_formula_in_float64(
     for one, other in zip(found, wanted, strict=True):
         # The norms of the model compute in float32, here in two passes and there in three.
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_an_encoder_decoder_it_is_the_divergence_of_the_decoder(family: str, kind: str) -> None:
+    """Loss, metric and gradients against plain calls of both models with labels."""
+    model: Any = pair_model(family).double()
+    base = copy.deepcopy(model)
+    stack = Stack([] if kind == "full" else [Lora(name="lora", r=2, target="attn.q|v")])
+    stack.attach(model)
+    model.double()
+    stack.snapshot_reference(model)
+    moved(model)
+    roles = roles_for(model, stack)
+    rows = [{"row": i, "ids": p + a, "trained": [0] * len(p) + [1] * len(a)} for i, (p, a) in enumerate(PAIRS)]
+    objective, plain = Sft(kl_to_base=0.3), Sft()
+    loss = objective.training_loss(objective.collate(rows, roles), roles)
+    apart = torch.zeros((), dtype=torch.float64)
+    for prompt, answer in PAIRS:
+        ids, labels = torch.tensor([prompt]), torch.tensor([answer])
+        with torch.no_grad():
+            log_p = base(input_ids=ids, labels=labels).logits[0].double().log_softmax(-1)
+        log_q = model(input_ids=ids, labels=labels).logits[0].double().log_softmax(-1)
+        apart = apart + (log_p.exp() * (log_p - log_q)).sum()
+    total, count = loss.metrics["kl_to_base"]
+    assert (float(total), count) == (pytest.approx(float(apart.detach()), rel=1e-6), 10.0) and float(total) > 5e-3
+    own = plain.training_loss(plain.collate(rows, roles), roles)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss.total + loss.auxiliary, trained, allow_unused=True)
+    wanted = torch.autograd.grad(own.total + 0.3 * apart, trained, allow_unused=True)
+    assert sum(g is not None for g in wanted) > 3
+    for one, other in zip(found, wanted, strict=True):
+        if other is not None and one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        else:
+            assert (one is None or not one.any()) and (other is None or not other.any())
+
+
+def test_a_run_of_an_encoder_decoder_is_held_to_its_start_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    words = words_of_pair("t5", tmp_path, "objective.kl_to_base=1", "optim.lr=1e-2")
+    resumes_to_the_bit(tmp_path / "runs", "sft", words, 1)
+    first, second = (event["kl_to_base"] for event in events(tmp_path / "runs" / "whole"))
+    assert first == pytest.approx(0.0, abs=1e-6) and second > 1e-4
 
 
 def test_the_model_of_step_0_reads_no_noise_and_an_evaluation_is_plain() -> None:

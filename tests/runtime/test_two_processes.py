@@ -64,6 +64,8 @@ def test_sft_lora(tmp_path: Path) -> None:
         ["recipe=clm", "batch.warmup.start=1", "batch.warmup.batches=3"],
         ["recipe=mezo_lora"],
         ["recipe=sft", "stack=[bitfit]", "stack.bitfit.missing=add_zero"],
+        ["recipe=kl_to_base", "objective.kl_to_base=1"],
+        ["recipe=sft_lora", "objective.kl_to_base=1", "optim.lr=1e-2"],
     ],
     ids=lambda words: "-".join(words).replace("recipe=", ""),
 )
