@@ -85,6 +85,7 @@ def build_table(
             **({"plugins": plugged} if plugged else {}),
             **({"needs": dict(needs)} if needs else {}),
             **({"control": part.control} if part.control else {}),
+            **({"labels": [[*data.label_words.items()], data.label_prompt]} if data.label_words else {}),
         }
     )
     folder = table_folder(key) if data.cache else None

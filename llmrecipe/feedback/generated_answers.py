@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmrecipe.core import registry
 from llmrecipe.core.forward_context import current
+from llmrecipe.core.time_limit import compiled, matches
 from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.generation import decode_ids, generate, prompt_and_references
 from llmrecipe.engine.role_models import Roles
@@ -62,18 +63,40 @@ def _answered(
     ]
 
 
-def score_answers(rows: list[dict[str, Any]], names: list[str]) -> dict[str, Scored]:
+def score_answers(rows: list[dict[str, Any]], names: list[str], extract: str | None = None) -> dict[str, Scored]:
     """Score answered rows by each named metric.
+
+    Args:
+        extract: regular expression of what is compared (`eval.extract`); a reference without a match is compared as it is.
 
     Raises:
         RecipeError: a metric is unknown.
+        RunError: the expression took too long on one text.
     """
-    found = {}
+    answered = [(row["answer"], row["references"]) for row in rows]
+    unread: list[bool] | None = None
+    if extract is not None and names:
+        read = [last_match(extract, answer) for answer, _ in answered]
+        kept = [[text if (own := last_match(extract, text)) is None else own for text in known] for _, known in answered]
+        unread = [found is None for found in read]
+        answered = [(found or "", known) for found, known in zip(read, kept, strict=True)]
+    scored = {}
     for name in names:
         metric = registry.load_class("metric", name, "eval.metrics")()
-        unread = [not metric.reads(r["answer"], r["references"]) for r in rows] if metric.wants else None
-        found[name] = Scored(metric, [metric.statistics(r["answer"], r["references"]) for r in rows], unread)
-    return found
+        own = metric.unread(answered)
+        scored[name] = Scored(metric, metric.table(answered), unread if own is None else own)
+    return scored
+
+
+def last_match(pattern: str, text: str) -> str | None:
+    """Return the last match of a pattern in a text, or its group where the pattern has one; None where there is none.
+
+    Examples:
+        >>> last_match(r"\\b([A-E])\\b", "A or C? The answer is (C)."), last_match("[0-9]+", "no number")
+        ('C', None)
+    """
+    found = matches(compiled(pattern, "eval.extract"), text, "eval.extract")
+    return None if not found else found[-1].group(found[-1].re.groups and 1)
 
 
 @dataclass(frozen=True)

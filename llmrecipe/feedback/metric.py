@@ -52,6 +52,10 @@ class Metric:
         """Return whether an answer states what the metric wants to compare with one of the references at least."""
         return any(self.readable(prediction, reference) for reference in references)
 
+    def unread(self, answered: Sequence[tuple[str, Sequence[str]]]) -> list[bool] | None:
+        """Return whether the answer of each row could not be read; None where every text is."""
+        return [not self.reads(prediction, references) for prediction, references in answered] if self.wants else None
+
     def unfit(self, references: Sequence[str]) -> str | None:
         """Return why scores against these references mean little, as a warning; None where nothing speaks against them."""
         return None
@@ -65,6 +69,14 @@ class Metric:
             references: the right answers of the row, at least one.
         """
         return [self.best(prediction, references), 1.0]
+
+    def table(self, answered: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """Return the statistics of every row, (R, K); a score whose statistics depend on the other rows has its own.
+
+        Args:
+            answered: prediction and references of each row.
+        """
+        return [self.statistics(prediction, references) for prediction, references in answered]
 
     def total(self, sums: Sequence[float]) -> float:
         """Return the score of several rows from the sums of their statistics, (K,); 0 where there are none."""

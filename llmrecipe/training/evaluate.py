@@ -155,7 +155,7 @@ def generated(evaluation: Evaluation, data: Rows) -> tuple[list[dict[str, Any]],
     for row in rows[: section.samples]:
         right = row["references"][0] if len(row["references"]) == 1 else row["references"]
         evaluation.events.sample(step=evaluation.step, prompt=row["prompt"], answer=row["answer"], reference=right)
-    scored = score_answers(rows, section.metrics)
+    scored = score_answers(rows, section.metrics, section.extract)
     for name, found in scored.items():
         if (reason := found.metric.unfit([text for row in rows for text in row["references"]])) is not None:
             evaluation.events.warning(f"eval.metrics: {name}: {reason}", once=True)

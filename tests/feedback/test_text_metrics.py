@@ -15,6 +15,7 @@ from llmrecipe.feedback.generated_answers import score_answers
 from llmrecipe.feedback.metrics.json_equal import equal_values
 from llmrecipe.feedback.rewards.grounded import Grounded, claims_of
 from llmrecipe.objectives.reward_interface import Answer
+from llmrecipe.recipe.compose import compose
 from tests.trainings import events, train_recipe
 
 
@@ -193,3 +194,41 @@ def test_the_share_of_claims_in_the_source_is_the_score() -> None:
     assert score("We know that Ann Lee sold 12.", Grounded(prompt=True)) == 1.0
     with pytest.raises(RecipeError, match="looks for nothing"):
         Grounded(numbers=False, names=False, quotes=False).check(["source"], "objective.reward.grounded")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_f1_of_written_labels_is_scikit_learns_and_what_is_no_label_hits_nothing(seed: int) -> None:
+    f1_score = pytest.importorskip("sklearn.metrics").f1_score
+    chance = random.Random(seed)
+    labels = ["positive", "negative", "neutral", "mixed"]
+    gold = [chance.choice(labels[: 3 + seed % 2]) for _ in range(30)]
+    written = [chance.choice([right, right, *labels, "no idea"]) for right in gold]
+    found = score_answers(answered([(f" {w.capitalize()}.", g) for w, g in zip(written, gold)]), ["label_f1"])["label_f1"]
+    wanted = f1_score(gold, written, average="macro", labels=sorted(set(gold)), zero_division=0)
+    assert found.value == pytest.approx(wanted, abs=1e-12)
+    assert found.invalid_rate == sum(w not in gold for w in written) / 30
+    assert score_answers([], ["label_f1"])["label_f1"].value == 0.0
+    either = [
+        {"prompt": "", "answer": "sad", "references": ["bad", "sad"]},
+        {"prompt": "", "answer": "bad", "references": ["bad"]},
+    ]
+    assert score_answers(either, ["label_f1"])["label_f1"].value == 1.0
+
+
+def test_what_is_compared_can_be_extracted() -> None:
+    """The last match, or its group; an answer without one is wrong and counted, a reference without one stays whole."""
+    rows = answered(
+        [("A, B or C? I take (C)", "C"), ("the answer is B.", "The answer is: B"), ("none", "A"), ("D", "the last")]
+    )
+    found = score_answers(rows, ["exact_match", "json_valid"], r"\b([A-E])\b")
+    assert [row[0] for row in found["exact_match"].rows] == [1.0, 1.0, 0.0, 0.0]
+    assert found["exact_match"].invalid_rate == 0.25 and found["json_valid"].invalid_rate is not None
+    assert score_answers(rows, ["exact_match"])["exact_match"].value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("(a", "eval.extract: must be a regular expression \\("), ("(a)(b)", "of one group at most")]
+)
+def test_a_pattern_that_cannot_be_is_told_with_the_recipe(given: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        compose("sft", [f"eval.extract='{given}'"])

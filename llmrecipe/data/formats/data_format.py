@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,10 @@ class Conversion:
     """Whether the row type takes weights of tokens."""
     spoken: bool = False
     """Instructions become messages without a named template, because who reads them renders them."""
+    label_words: Mapping[int | str, str] = field(default_factory=dict)
+    """Label -> the word that says it (`data.label_words`)."""
+    label_prompt: str = ""
+    """What such a word continues (`data.label_prompt`)."""
     repeats: bool = False
     """The source writes its text prompts at the beginning of the answers too (`dialogues.repeats_prompts`)."""
 

@@ -46,7 +46,8 @@ class RowEncoder(Encoder):
         tokenizer: with its chat template.
         rows: row type the objective needs.
         mask: name of the loss mask: which tokens are trained.
-        data: the recipe's section; only `columns`, `drop_fields`, `max_length`, `truncation` and `system` are read.
+        data: the recipe's section; only `columns`, `drop_fields`, `max_length`, `truncation`, `system`, `label_words` and
+            `label_prompt` are read.
         format_name: format of the source.
         base: folder image paths refer to.
         task_field: column that names the task of a row; None where no method needs it.
@@ -78,8 +79,9 @@ class RowEncoder(Encoder):
         self.dropped = data.drop_fields
         template = self.tokens.template
         self.conversion = Conversion(
-            rows, bool(template and template.named), template is not None, data.system, base, bool(self.kind.weights)
-        )
+            rows, bool(template and template.named), template is not None, data.system, base, bool(self.kind.weights),
+            label_words=data.label_words, label_prompt=data.label_prompt,
+        )  # fmt: skip
         self.format = data_format(format_name)
 
     def encode(self, raw: Iterable[tuple[int, dict[str, Any], str]]) -> tuple[dict[str, list[Any]], Report]:
