@@ -337,8 +337,8 @@ class EvalSection(Section):
     )
     bootstrap: NonNegativeInt = Field(
         1000,
-        description="How often the rows of the test split, of `llmrecipe eval`, and of a search's best trial are drawn again for "
-        "the 95 % interval of each score; rows are then read one at a time. 0: no intervals.",
+        description="How often the rows of the test split, of `llmrecipe eval`, and of a search's best trial are drawn again "
+        "for the 95 % interval of each score; rows are then read one at a time. 0: no intervals.",
     )
     forgetting: dict[FolderName, str] = Field(
         default_factory=dict,
