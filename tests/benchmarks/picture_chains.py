@@ -36,11 +36,15 @@ PATCH = "processor.config={size: {height: 8, width: 8}}"
 QUIET = "{at_start: false, load_best: false, bootstrap: 0}"
 CHAIN = [
     PATCH, "+model.config.initializer_range=0.1", "+model.config.dropout=0.2", "+stages.pretext.objective.patch=8",
-    "+stages.pretext.objective.prob=1.0", "+stages.pretext.objective.unit=word", "stages.board.plot=false",
-    *(f"+stages.{stage}.eval={QUIET}" for stage in ("pretext", "pretrained", "fresh")),
+    "+stages.pretext.objective.unit=word", "stages.board.plot=false",
+    "stages.pretext.epochs=15", "+stages.pretext.eval={at_start: false, bootstrap: 0, every: 7}",
+    *(f"+stages.{stage}.eval={QUIET}" for stage in ("pretrained", "fresh")),
     *(f"+stages.{stage}.{word}" for stage in ("pretrained", "fresh") for word in ("objective.patch=8", "data.limit=64")),
 ]  # fmt: skip
-TASKS = {"mmlm_caption": ("loss in nats a token", ["steps=20"]), "mmlm_vqa": ("accuracy", ["steps=20"])}
+TASKS = {
+    "mmlm_caption": ("loss in nats a token", ["steps=40", "+stages.pretext.objective.target_words=any"]),
+    "mmlm_vqa": ("accuracy", ["steps=60", "+stages.pretext.objective.prob=1.0"]),
+}
 """Recipe -> what its table shows, and its further words."""
 CLIP = [
     PATCH, "objective.patch=8", "+model.config.dropout=0.2", "epochs=40", "eval.at_start=false", "eval.load_best=false",

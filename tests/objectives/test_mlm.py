@@ -187,6 +187,37 @@ def test_targets_are_the_hidden_tokens_and_metrics_are_by_kind() -> None:
         assert sum(c for _, c in parts) == found.metrics["accuracy"][1] == float(batch.target.numel())
 
 
+def test_hidden_tokens_of_a_noisy_grammar_are_found_at_the_bayes_rate() -> None:
+    """A symbol goes with its partner in 4 of 5 rows, else with one of 7 others, and one of the two is hidden.
+
+    No guess is right more often than 0.8, and no loss is below -0.8 log 0.8 - 0.2 log(0.2 / 7) = 0.8896 nats.
+    """
+    torch.manual_seed(0)
+    model, objective, draws = masked_model("llmrecipe_native"), Mlm(prob=0.25, mask=1.0, random=0.0), np.random.default_rng(0)
+    objective.prepare_model(model, 0)
+    roles = roles_for(model, packing=False)
+
+    def measured(first: int, count: int) -> Any:
+        symbols, shifts = draws.integers(0, 8, count), draws.integers(1, 8, count) * (draws.random(count) < 0.2)
+        rows = [
+            {"row": first + i, "ids": [1, 5 + int(a), 20 + int((a + b) % 8), 2], "words": [-1, 0, 1, -1]}
+            for i, (a, b) in enumerate(zip(symbols, shifts, strict=True))
+        ]
+        return objective.loss(objective.collate(rows, roles), roles)
+
+    optimizer = torch.optim.Adam(model.parameters())
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 8e-3 * (1 - step / 200)
+        optimizer.zero_grad()
+        (measured(64 * step, 64).total / 64).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = measured(100_000, 2000)
+    right, count = found.metrics["accuracy"]
+    assert count == 2000 and float(right) / count == pytest.approx(0.8, abs=0.03)
+    assert float(found.total) / count == pytest.approx(0.8896, abs=0.1)
+
+
 def test_what_cannot_be_masked_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"objective\.mask: mask 0\.8 and random 0\.5 exceed 1"):
         Mlm(random=0.5).check(None, None)
