@@ -27,6 +27,7 @@ from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast
 from llmrecipe.engine.masks import causal_mask
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
+from llmrecipe.engine.recomputation import recomputing
 from llmrecipe.engine.row_reading import RowReading, measure_reading, obeys
 from llmrecipe.engine.vector_decoder import decoding, encoder_rows, mount_decoder
 from llmrecipe.models.hooks.hook import all_hooks
@@ -112,6 +113,7 @@ class Engine(nn.Module):
                 dataclasses.replace(batch.context(role), read=read_rows(batch, want, critic, heads), off=off | current().off)
             ),
             torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None),
+            recomputing(self.model),
         ):
             if want == "scores":
                 scores, auxiliary = self.scores(batch)

@@ -18,6 +18,8 @@ from tests.trainings import curve, events, learned
 # Ten rows in batches of eight: the second step of each epoch has two rows, one a process.
 SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "log.live=off", "eval.test=false", "eval.batches=1", "steps=4"]
 
+ANSWERS = ["recipe=sft", "stack=[lora,mezo]", "optim=sgd", "objective.loss_type=metric", "objective.max_new_tokens=8"]
+
 
 def command(folder: Path, processes: int, *words: str) -> list[str]:
     verb = ["launch", "--nproc", str(processes)] if processes > 1 else ["train"]
@@ -63,6 +65,7 @@ def test_sft_lora(tmp_path: Path) -> None:
         ["recipe=clm"],
         ["recipe=clm", "batch.warmup.start=1", "batch.warmup.batches=3"],
         ["recipe=mezo_lora"],
+        [*ANSWERS, "objective.metric=token_f1", "optim.lr=1e-2", "stack.mezo.eps=1e-1"],
         ["recipe=sft", "stack=[bitfit]", "stack.bitfit.missing=add_zero"],
         ["recipe=kl_to_base", "objective.kl_to_base=1"],
         ["recipe=sft_lora", "objective.kl_to_base=1", "optim.lr=1e-2"],

@@ -1,0 +1,50 @@
+"""Activations are recomputed where dropout is off, too."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Have the blocks of a model in eval mode recompute activations in a pass with gradients, where checkpointing is on.
+
+    Transformers recomputes in training mode alone, which objectives without dropout leave. A block is in training mode when it
+    is called and in eval mode while it computes, in the first pass and in the recomputation.
+    """
+    blocks = [] if model.training or not torch.is_grad_enabled() else _checkpointed(model)
+    functions = [block._gradient_checkpointing_func for block in blocks]
+    for block, function in zip(blocks, functions, strict=True):
+        block.training = True
+        block._gradient_checkpointing_func = functools.partial(_in_eval_mode, block, function)
+    try:
+        yield
+    finally:
+        for block, function in zip(blocks, functions, strict=True):
+            block.training = False
+            block._gradient_checkpointing_func = function
+
+
+def _checkpointed(model: nn.Module) -> list[Any]:
+    found = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+    return [block for block in found if block.gradient_checkpointing and not block.training]
+
+
+def _in_eval_mode(block: nn.Module, checkpoint: Callable[..., T], compute: Callable[..., T], *args: object) -> T:
+    def computed(*args: object) -> T:
+        was, block.training = block.training, False
+        try:
+            return compute(*args)
+        finally:
+            block.training = was
+
+    return checkpoint(computed, *args)
