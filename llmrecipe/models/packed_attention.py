@@ -7,7 +7,8 @@ prefix, and nothing else. Routes:
 
     loop    one call per segment; defines what the others compute
     varlen  `torch.nn.attention.varlen`, FlashAttention-2 inside torch: keys of the segments one after another
-    flash   the same through the flash-attn package, which also knows soft caps and dropout
+    flash   the same through the flash-attn package, which also knows soft caps and dropout, or through FlashAttention-3
+            (`flash_attn_interface`) where it is installed, the GPU is a Hopper and there is no dropout
     flex    FlexAttention with a block mask made from the layout: sinks, biased prefixes, prefixes with a sliding window
 
 `auto` takes, for each call, the first route of the device profile that can compute it: on a CPU the loop; on a GPU varlen, then
@@ -43,6 +44,8 @@ ONE_CALL = ("varlen", "flash", "flex")
 """Routes that compute all documents in one call."""
 FLASH_CAPABILITY = (8, 0)
 """Least compute capability of FlashAttention-2."""
+FLASH_3_CAPABILITY = 9
+"""Major compute capability that FlashAttention-3 is made for."""
 FLASH_HEAD_SIZE = 256
 """Largest head size of FlashAttention; head sizes are multiples of 8."""
 
@@ -138,7 +141,7 @@ def lacking(route: str, device: torch.device) -> str | None:
         return f"needs a GPU of compute capability {'.'.join(map(str, FLASH_CAPABILITY))}"
     if route == "varlen" and _varlen() is None:
         return f"is not part of torch {torch.__version__}"
-    if route == "flash" and _flash() is None:
+    if route == "flash" and _flash() is None and _flash_3(device) is None:
         return "needs the flash-attn package"
     return None
 
@@ -244,6 +247,8 @@ def _ragged_refusal(route: str, call: Call) -> str | None:
         return "cannot see a prefix beyond a sliding window"
     if route == "varlen" and (call.softcap is not None or call.dropout):
         return "has no soft cap and no dropout of attention"
+    if route == "flash" and call.dropout and _flash() is None:
+        return "has no dropout of attention in FlashAttention-3, and flash-attn 2 is not installed"
     return None
 
 
@@ -267,10 +272,12 @@ def _varlen_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor, at: Ragged, wind
 
 
 def _flash_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor, at: Ragged, window: tuple[int, int]) -> Tensor:
-    function: Any = _flash()
+    newer: Any = None if call.dropout else _flash_3(q.device)
+    function: Any = newer or _flash()
+    dropout = {} if newer else {"dropout_p": call.dropout}
     out = function(
-        q, k, v, at.q_starts, at.k_starts, at.q_longest, at.k_longest, dropout_p=call.dropout, softmax_scale=call.scale,
-        causal=call.causal, window_size=window, softcap=call.softcap or 0.0,
+        q, k, v, at.q_starts, at.k_starts, at.q_longest, at.k_longest, softmax_scale=call.scale, causal=call.causal,
+        window_size=window, softcap=call.softcap or 0.0, **dropout,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
 
@@ -288,6 +295,18 @@ def _varlen() -> Callable[..., Any] | None:
 @functools.cache
 def _flash() -> Callable[..., Any] | None:
     return load_module("flash_attn").flash_attn_varlen_func if is_installed("flash_attn") else None
+
+
+@functools.cache
+def _flash_3(device: torch.device) -> Callable[..., Any] | None:
+    """Return FlashAttention-3's kernel, in versions that know windows and soft caps; None on other GPUs than its own."""
+    if device.type != "cuda" or not is_installed("flash_attn_interface"):
+        return None
+    if torch.cuda.get_device_capability(device)[0] != FLASH_3_CAPABILITY:
+        return None
+    function = load_module("flash_attn_interface").flash_attn_varlen_func
+    wanted = {"softmax_scale", "causal", "window_size", "softcap"}
+    return function if wanted <= set(inspect.signature(function).parameters) else None
 
 
 # --- FlexAttention ---------------------------------------------------------------------------------------------------

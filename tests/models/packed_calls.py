@@ -114,3 +114,11 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *more: Any, dropout_p: float, softmax
     """The same by the signature of the flash-attn package."""
     assert window_size[1] == 0 or not causal
     return varlen(q, k, v, *more, scale=softmax_scale, window_size=window_size, enable_gqa=True, softcap=softcap), None
+
+
+def flash_3(q: Tensor, k: Tensor, v: Tensor, *more: Any, softmax_scale: float | None, causal: bool,
+            window_size: tuple[int, int], softcap: float) -> Tensor:  # fmt: skip
+    """The same by the signature of FlashAttention-3, which has no dropout."""
+    return flash(
+        q, k, v, *more, dropout_p=0.0, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
+    )[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models import packed_attention as routes
 from llmrecipe.models.attention_calls import Prefix
-from tests.models.packed_calls import CASES, call_of, flash, layout_of, leaves, loop, varlen
+from tests.models.packed_calls import CASES, call_of, flash, flash_3, layout_of, leaves, loop, varlen
 
 
 def tolerance(case: str) -> dict[str, float]:
@@ -63,13 +63,15 @@ def test_blocks_without_an_open_place_are_not_visited() -> None:
     assert routes.block_mask(call) is mask, "it is made once for all layers of a pass"
 
 
-@pytest.mark.parametrize("route", ["varlen", "flash"])
+@pytest.mark.parametrize("kernel", ["varlen", "flash", "flash 3"])
 @pytest.mark.parametrize("case", list(CASES))
 def test_kernels_of_variable_lengths_are_asked_for_what_the_loop_computes(
-    case: str, route: str, monkeypatch: pytest.MonkeyPatch
+    case: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    route = kernel.removesuffix(" 3")
     monkeypatch.setattr(routes, "_varlen", lambda: varlen)
-    monkeypatch.setattr(routes, "_flash", lambda: flash)
+    monkeypatch.setattr(routes, "_flash", lambda: None if kernel == "flash 3" else flash)
+    monkeypatch.setattr(routes, "_flash_3", lambda device: flash_3 if kernel == "flash 3" else None)
     monkeypatch.setattr(routes, "lacking", lambda route, device: None)
     half = dataclasses.replace(call := call_of(**CASES[case]), q=call.q.bfloat16())
     refused = routes.route_refusal(route, half)
@@ -89,6 +91,17 @@ def test_kernels_of_variable_lengths_are_asked_for_what_the_loop_computes(
         out, wanted = routes.COMPUTE[route](call), loop(call)
         torch.testing.assert_close(out, wanted, **tolerance(case))
         torch.testing.assert_close(gradients(call, out), gradients(call, wanted), **tolerance(case))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_dropout_of_attention_is_left_to_flash_attention_2(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "_flash", lambda: flash if both else None)
+    monkeypatch.setattr(routes, "_flash_3", lambda device: pytest.fail("it has no dropout"))
+    monkeypatch.setattr(routes, "lacking", lambda route, device: None)
+    call = dataclasses.replace(own := call_of([(4, None)]), q=own.q.bfloat16(), dropout=0.5)
+    assert (routes.route_refusal("flash", call) is None) == both
+    if both:
+        routes.COMPUTE["flash"](dataclasses.replace(call, q=own.q))
 
 
 def test_an_encoders_window_reaches_both_ways() -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from llmrecipe.core import device_profile
+from llmrecipe.core import device_profile, registry
 from llmrecipe.core.device_profile import DeviceFacts
 from llmrecipe.core.errors import RunError
+from llmrecipe.optim.optimizer import Group, build_optimizer
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.profile_keys import KEYS, choices, profile_for, profile_line
+from llmrecipe.training.optimizer_state import optimizer_state, restore_optimizer
 from llmrecipe.training.run_profile import PART, decided_profile, stored_profile
 from tests.trainings import curve, resume, stop_after, train_recipe
 
@@ -87,6 +90,29 @@ def test_a_run_says_and_keeps_its_profile_and_a_resume_uses_it(tmp_path: Path, c
     assert json.loads((run / "report.json").read_text())[PART]["decided"]["micro_tokens"] == 100
     for (_, loss, *_), (_, wanted, *_) in zip(curve(run), curve(tmp_path / "whole"), strict=True):
         assert loss == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_kernel_named_for_a_resume_comes_before_the_one_whose_state_was_saved() -> None:
+    """Flags of the implementation are no part of a saved state; its numbers go on under the other one."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+
+    def optimizer(parameter: torch.nn.Parameter, *given: str) -> torch.optim.Optimizer:
+        device_profile.use(profile_for(recipe(*given), "cpu"))
+        group = Group("matrix", 0.1, 0.0, 1.0, ("p",), (parameter,))
+        return build_optimizer(registry.load_class("optim", "adamw")(lr=0.1), [group])
+
+    with device_profile.kept_profiles():
+        before, after = optimizer(parameters[0]), optimizer(parameters[1], "runtime.optimizer_kernel=single")
+        parameters[0].grad = torch.full((3,), 0.5)
+        before.step()
+        restore_optimizer(after, *optimizer_state(before))
+        assert before.param_groups[0]["fused"] and not after.param_groups[0]["fused"]
+        assert after.param_groups[0]["foreach"] is False
+        parameters[1].data.copy_(parameters[0].data)
+        for parameter, own in zip(parameters, (before, after), strict=True):
+            parameter.grad = torch.full((3,), -0.2)
+            own.step()
+    torch.testing.assert_close(parameters[0], parameters[1])
 
 
 def test_another_device_decides_again_and_says_so(
