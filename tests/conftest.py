@@ -30,10 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def fixed_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices decide by their kind alone, whatever memory a machine has free, and no test leaves a profile behind."""
-    from llmrecipe.core import device_profile
+    from tests.fixed_profile import fix_profile
 
-    monkeypatch.setattr(device_profile, "facts_of", lambda device: device_profile.DeviceFacts(str(device).partition(":")[0]))
-    monkeypatch.setattr(device_profile, "_in_use", {})
+    fix_profile(monkeypatch)
 
 
 @pytest.fixture

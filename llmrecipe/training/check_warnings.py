@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llmrecipe.core.device_profile import machine_bytes
 from llmrecipe.methods._engines.quantized import quantized
 from llmrecipe.models.checkpoint_path import locate
 from llmrecipe.models.hooks.hook import all_hooks
@@ -27,7 +26,6 @@ from llmrecipe.runs.open_model import resolve_section
 
 SHOWN = 3
 """Names in a warning."""
-CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def rank_warnings(model: nn.Module) -> Iterator[str]:
@@ -47,27 +45,16 @@ def rank_warnings(model: nn.Module) -> Iterator[str]:
         )
 
 
-def machine_bytes(device: str) -> int | None:
+def device_memory(device: str) -> int | None:
     """Return the memory of the device, for a CPU that of the machine or of the container it is in; None where unknown."""
     if device == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
-    if device != "cpu":
-        return None
-    sizes = []
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for path in CGROUP:
-        try:
-            text = Path(path).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        sizes += [int(text)] if text.isdigit() else []
-    return min(sizes) if sizes else None
+    return machine_bytes() if device == "cpu" else None
 
 
 def memory_warnings(total: int, device: str) -> Iterator[str]:
     """Yield a warning where the estimate is above the memory of the machine."""
-    there = machine_bytes(device)
+    there = device_memory(device)
     if there is not None and total > there:
         yield (
             f"memory: the estimate of {total / 2**30:.1f} GB is more than the {there / 2**30:.1f} GB of this "

@@ -14,6 +14,7 @@ from llmrecipe.engine.reference_policy import prepare_reference
 from llmrecipe.recipe.compose import Composition
 from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.runtime.caller_state import kept_for_caller, one_training
+from llmrecipe.runtime.kept_memory import kept_memory
 from llmrecipe.training import forgetting, step_zero_checks
 from llmrecipe.training.loop import train_loop as loop
 from llmrecipe.training.model_flops import model_flops
@@ -46,7 +47,7 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
     refuse_stages(composition.mapping)
     run = Run.open(composition, Path(resume) if resume else None)
     try:
-        with _signals(run):
+        with kept_memory(run.runtime.device.type), _signals(run):
             before_first_step(run)
             loop(run)
         run.dir.status("done", step=run.progress.step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from llmrecipe.core.device_profile import (
     Profile,
     decide,
     kept_profiles,
+    machine_bytes,
     profile_from,
     profile_of,
     use,
@@ -39,7 +42,7 @@ def profile(facts: DeviceFacts, **chosen: Any) -> Profile:
     return Profile(facts.kind, facts.name, decide(facts), chosen)
 
 
-def test_a_cpu_decides_by_its_kind_alone() -> None:
+def test_a_cpu_of_unknown_memory_decides_by_its_kind_alone() -> None:
     """16 MiB of float32 logits: 131 rows of 32,000, and never fewer than 16."""
     found = profile(DeviceFacts("cpu"))
     assert found.decided == TABLE["cpu"]
@@ -184,7 +187,31 @@ def test_a_kernel_that_an_optimizer_lacks_is_refused_where_a_key_names_it() -> N
         build_optimizer(config, parameter_groups(model, config))
 
 
-def test_a_device_that_is_no_gpu_is_known_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("gib", "tokens"),
+    # 12 MiB a token: 341 and 682 of them, 1,024, 5,461; no fewer than 512 and no more than 1,024.
+    [(4, 512), (8, 512), (12, 1024), (64, 1024)],
+)
+def test_a_cpu_cuts_micro_batches_by_the_memory_of_its_machine(gib: int, tokens: int) -> None:
+    found = profile(DeviceFacts("cpu", memory=gib * GIB))
+    assert found.micro_tokens == tokens
+    assert found.decided == dataclasses.replace(TABLE["cpu"], micro_tokens=tokens)
+
+
+def test_a_container_has_the_memory_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = machine_bytes()
+    assert whole is not None and 2**28 < whole < 2**50
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(device_profile, "CGROUP", (str(limit), str(tmp_path / "absent")))
+    for text, wanted in (("1048576\n", 1 << 20), ("max\n", None), (f"{2**62}\n", None)):
+        limit.write_text(text)
+        found = machine_bytes()
+        assert found is not None and (found == wanted if wanted else found >= whole)
+
+
+def test_a_cpu_is_known_by_its_memory_and_another_device_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    assert device_profile.facts_of("cpu") == DeviceFacts("cpu", memory=machine_bytes() or 0)
+    monkeypatch.setattr(device_profile, "machine_bytes", lambda: None)
     assert device_profile.facts_of("cpu") == DeviceFacts("cpu")
     assert device_profile.facts_of(torch.device("meta")) == DeviceFacts("meta")

@@ -10,6 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.fixed_profile import fix_profile
 from tests.golden import counters, imports, kept, machine, runs
 
 
@@ -49,6 +52,13 @@ def _merge(path: Path, old: Any, new: dict[str, Any], reason: str, versions: dic
     return [n for n in new if n not in equal]
 
 
+def renew(name: str, reason: str) -> Any:
+    """Renew counters, imports or a golden run; returns what changed, or whether it did."""
+    if name == "counters":
+        return renew_counters(reason)
+    return renew_imports(reason) if name == "imports" else renew_run(name, reason)
+
+
 def main(reason: str, only: list[str]) -> None:
     """Renew all, or what is named."""
     if not reason.strip():
@@ -57,12 +67,9 @@ def main(reason: str, only: list[str]) -> None:
     if unknown := [name for name in only if name not in known]:
         raise SystemExit(f"no golden numbers named {', '.join(unknown)}; there are {', '.join(known)}")
     for name in only or known:
-        if name == "counters":
-            changed: Any = renew_counters(reason)
-        elif name == "imports":
-            changed = renew_imports(reason)
-        else:
-            changed = renew_run(name, reason)
+        with pytest.MonkeyPatch.context() as patch:
+            fix_profile(patch)
+            changed = renew(name, reason)
         print(f"{name}: {'changed' if changed is True else ', '.join(changed) if changed else 'equal'}", flush=True)
 
 

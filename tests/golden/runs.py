@@ -25,7 +25,9 @@ STEPS = 6
 SMALL = (f"steps={STEPS}", "eval.batches=2", "eval.test=false", "data.cache=false")
 FEW = ("batch.size=4", "objective.max_new_tokens=8")
 """Options of runs that sample answers."""
-STAGES = [f"stages.{stage}.{word}" for stage in ("sft", "dpo") for word in (*SMALL, "batch.size=4")]
+TOKENS = "batch.tokens=512"
+"""What a CPU whose memory is not looked at decides; the processes that a command starts would look."""
+STAGES = [f"stages.{stage}.{word}" for stage in ("sft", "dpo") for word in (*SMALL, "batch.size=4", TOKENS)]
 
 RUNS: dict[str, list[str]] = {
     "clm": ["train", "recipe=clm", "batch.size=4", *SMALL],
@@ -60,7 +62,7 @@ RUNS: dict[str, list[str]] = {
     "mezo": ["train", "recipe=mezo", "batch.size=4", *SMALL],
     "qlora": ["train", "recipe=qlora", "batch.size=4", *SMALL],
     "sft_dpo": ["train", "recipe=sft_dpo", *STAGES],
-    "search_lora": ["search", "recipe=search_lora", "search.trials=2", "eval.every=3", *SMALL],
+    "search_lora": ["search", "recipe=search_lora", "search.trials=2", "eval.every=3", TOKENS, *SMALL],
 }
 """Name -> words of the command line, one run for each kind of thing that trains."""
 QUICK = ("classify", "dpo_lora", "grpo", "sft_lora", "prefix_tuning")

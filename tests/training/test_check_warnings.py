@@ -16,7 +16,7 @@ from llmrecipe.methods._base.stack import Stack, base_parameters
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.training import check_warnings
-from llmrecipe.training.check_warnings import machine_bytes, memory_warnings, rank_warnings, weight_warnings
+from llmrecipe.training.check_warnings import device_memory, memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.dry_run import check
 from tests.interop.saved_runs import base_folder
 from tests.tiny import tiny_model
@@ -37,12 +37,12 @@ def test_a_rank_above_the_smaller_side_of_its_matrix() -> None:
 
 
 def test_an_estimate_above_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = machine_bytes("cpu")
+    there = device_memory("cpu")
     assert there is not None and 2**28 < there < 2**50
-    monkeypatch.setattr(check_warnings, "machine_bytes", lambda device: 8 * 2**30)
+    monkeypatch.setattr(check_warnings, "device_memory", lambda device: 8 * 2**30)
     assert list(memory_warnings(8 * 2**30, "cpu")) == []
     assert "12.0 GB is more than the 8.0 GB of this machine" in next(memory_warnings(12 * 2**30, "cpu"))
-    monkeypatch.setattr(check_warnings, "machine_bytes", lambda device: None)
+    monkeypatch.setattr(check_warnings, "device_memory", lambda device: None)
     assert list(memory_warnings(2**60, "mps")) == []
 
 
