@@ -9,12 +9,15 @@ is gone, nothing is written and the session fails, unless `--deviations-reason T
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.benchmarks.stamp import commit
 
 FLOOR = 1e-3
 """A difference counts as a share of the largest value it is compared with, but of no less than this."""
@@ -129,7 +132,7 @@ HEADER = """# How far every method is from its reference
 Written by `make parity`: the largest difference that each parity test saw, over all its cases, while it passed. Random models
 of two layers; float32 unless the reference is float64. Differences are those of everything the test compares: logits, losses,
 gradients, parameters after steps. The last column divides each comparison's largest difference by its largest value (by no
-less than {floor}). References: {versions}.
+less than {floor}). References: {versions}. Commit {commit}, {processor}.
 
 """
 
@@ -137,7 +140,8 @@ less than {floor}). References: {versions}.
 def header() -> str:
     """The words above the table, with the versions that were compared."""
     packages = ("torch", "transformers", "peft", "trl")
-    return HEADER.format(floor=FLOOR, versions=", ".join(f"{p} {version(p).partition('+')[0]}" for p in packages))
+    versions = ", ".join(f"{p} {version(p).partition('+')[0]}" for p in packages)
+    return HEADER.format(floor=FLOOR, versions=versions, commit=commit(), processor=f"a {platform.machine()} CPU")
 
 
 class Deviations:

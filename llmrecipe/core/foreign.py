@@ -191,4 +191,17 @@ def as_user_error(error: BaseException) -> UserError | None:
         )
     if isinstance(error, OSError) and error.filename is not None:
         return RunError(f"{error.filename}: {reason_of(error)}")
+    if isinstance(error, ImportError) and not (root := _first_cause(error)).startswith("llmrecipe"):
+        return RunError(
+            f"a library cannot be imported here: {root}. It is missing, damaged, or made for another system or another version "
+            "of Python or of a library it needs: `llmrecipe doctor` shows what is installed and what it was tested with"
+        )
     return None
+
+
+def _first_cause(error: ImportError) -> str:
+    """Return what the innermost of chained import errors says: libraries that import lazily wrap the one that tells why."""
+    cause: BaseException | None = error
+    while (cause := cause.__cause__ or cause.__context__) is not None:
+        error = cause if isinstance(cause, ImportError) else error
+    return f"{error.name}: {reason_of(error)}" if error.name else reason_of(error)

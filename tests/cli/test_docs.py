@@ -65,6 +65,22 @@ def test_messages_that_are_explained_are_messages_that_are_said() -> None:
     assert len(phrases) > 12 and [phrase for phrase in phrases if phrase not in joined] == []
 
 
+MEASURED = re.compile(r"\d ?(?:nats|points?|kB|MB|GB|%)(?![\w ]*interval)")
+RESULT = re.compile(r"\]\((?:\.\./\.\./)?(tests/benchmarks/results/[\w-]+)\.(?:md|png)\)")
+GENERATED = re.compile(r"<!-- (\w+): begin -->.*?<!-- \1: end -->|^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_a_measured_number_leads_to_a_result_that_names_commit_and_machine() -> None:
+    """In a section of its own prose; what is generated and what a command prints are other tests' business."""
+    pages = [page_text(topic) for topic in ORDER] + [(ROOT / "README.md").read_text(encoding="utf-8")]
+    sections = [part for page in pages for part in re.split(r"^(?=## )", GENERATED.sub("", page), flags=re.MULTILINE)]
+    assert [part[:200] for part in sections if MEASURED.search(part) and not RESULT.search(part)] == []
+    results = {found[1] for part in sections for found in RESULT.finditer(part)}
+    texts = {name: (ROOT / f"{name}.md").read_text(encoding="utf-8") for name in results}
+    assert len(texts) > 4
+    assert [n for n, text in texts.items() if not re.search(r"[Cc]ommit [0-9a-f]{7}", text) or "CPU" not in text.upper()] == []
+
+
 def run_page(topic: str, folder: Path) -> None:
     """Run the commands of a page in order, in one folder."""
     llmrecipe = f'llmrecipe() {{ "{sys.executable}" -m llmrecipe "$@"; }}'

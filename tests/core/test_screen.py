@@ -211,6 +211,19 @@ def test_errors_of_other_libraries_get_a_place_and_keep_their_reason() -> None:
     assert as_user_error(ZeroDivisionError()) is None
 
 
+def test_a_library_that_cannot_be_imported_is_named_by_its_first_cause() -> None:
+    """A module of this package that is missing is a bug; one of a library is not, and lazy imports hide which."""
+    try:
+        try:
+            raise ModuleNotFoundError("No module named 'resource'", name="resource")
+        except ModuleNotFoundError as first:
+            raise ModuleNotFoundError("Could not import module 'hub_kernels'.") from first
+    except ModuleNotFoundError as error:
+        said = str(as_user_error(error))
+    assert "resource: No module named 'resource'" in said and "llmrecipe doctor" in said and "hub_kernels" not in said
+    assert as_user_error(ModuleNotFoundError("No module named 'llmrecipe.x'", name="llmrecipe.x")) is None
+
+
 def test_waiting_for_a_background_thread_is_said_on_stderr_and_only_where_it_lasts(capsys: pytest.CaptureFixture[str]) -> None:
     go_on = threading.Event()
     slow = Background(lambda: go_on.wait(10))
