@@ -115,7 +115,7 @@ def test_what_is_written_says_why_and_trains(name: str, capsys: pytest.CaptureFi
     assert "note:" not in capsys.readouterr().out
     text = Path(f"recipes/my_{name}.yaml").read_text(encoding="utf-8")
     recipe = compose(f"my_{name}").recipe
-    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n") and f"  - /{ROWS[name][0]}\n" in text
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n") and f"  - /{small(ROWS[name][0])}\n" in text
     assert json.loads(Path("recipes/recipe.schema.json").read_text(encoding="utf-8"))["title"] == "llmrecipe recipe"
     assert f"# objective    {recipe.objective['kind']}, because the rows are {USUAL[_rows_of(name)][1]}" in text
     assert (recipe.data.format, recipe.data.validation) == (name, 0.2)
