@@ -201,7 +201,8 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 def _first_cause(error: ImportError) -> str:
     """Return what the innermost of chained import errors says: libraries that import lazily wrap the one that tells why."""
-    cause: BaseException | None = error
-    while (cause := cause.__cause__ or cause.__context__) is not None:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
         error = cause if isinstance(cause, ImportError) else error
+        cause = cause.__cause__ or cause.__context__
     return f"{error.name}: {reason_of(error)}" if error.name else reason_of(error)
