@@ -29,7 +29,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 def answers(of: LateAnswers, values: list[bool]) -> list[bool]:
     found = []
     for value in values:
-        found.append(of.asks("question", torch.tensor(value)))
+        found.append(of.answer("question", torch.tensor(value)))
         arrive([of])
     return found
 

@@ -11,7 +11,7 @@ from llmrecipe.data.transfer import Arriving
 
 
 class LateAnswers:
-    """What one module asks about values.
+    """Questions of one module about values, and their answers.
 
     Values of the host are looked at. So are those of a device outside training, and the first time. After that the answer is
     that of the step before the last one, whose values have arrived when a step ends: which step answers does not depend on how
@@ -20,17 +20,17 @@ class LateAnswers:
 
     def __init__(self) -> None:
         self.training = False
-        """Whether the forward pass that asks is one of training."""
+        """Whether the forward pass is one of training."""
         self.known: dict[str, bool] = {}
-        self.asked: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
         self.coming: tuple[Arriving, list[tuple[LateAnswers, str]]] | None = None
-        """Of the first module of a method: the answers of the last step, for all its modules in one copy."""
+        """Of the first module of a method: the values of the last step, for all its modules in one copy."""
 
     def answers(self, value: Tensor) -> bool:
         """Return whether a question about values on the device of one is answered late."""
         return self.training and value.device.type != "cpu"
 
-    def asks(self, question: str, value: Tensor) -> bool:
+    def answer(self, question: str, value: Tensor) -> bool:
         """Return the answer to a question, by name.
 
         Args:
@@ -38,13 +38,13 @@ class LateAnswers:
         """
         if not self.answers(value):
             return bool(value)
-        self.asked[question] = value.detach()
+        self.pending[question] = value.detach()
         if question not in self.known:
             self.known[question] = bool(value)
         return self.known[question]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LateAnswers:
-        """Return one that has not asked anything: a copy of a module has values of its own."""
+        """Return one that has no answers: a copy of a module has values of its own."""
         return LateAnswers()
 
 
@@ -57,7 +57,7 @@ def arrive(modules: Sequence[LateAnswers]) -> None:
         arriving, places = first.coming
         for (module, question), value in zip(places, arriving.values(), strict=True):
             module.known[question] = bool(value)
-    places = [(module, question) for module in modules for question in module.asked]
-    first.coming = (Arriving([module.asked[question] for module, question in places]), places) if places else None
+    places = [(module, question) for module in modules for question in module.pending]
+    first.coming = (Arriving([module.pending[question] for module, question in places]), places) if places else None
     for module in modules:
-        module.asked = {}
+        module.pending = {}

@@ -72,7 +72,7 @@ class Gain:
 
     @functools.cached_property
     def late(self) -> LateAnswers:
-        """What is asked of the device's values during training."""
+        """Questions about values of the device during training."""
         return LateAnswers()
 
     def weight_rows(self) -> Tensor:
@@ -122,7 +122,7 @@ class Gain:
             with torch.no_grad():
                 norm = self.norm(product)
                 apart = (self.magnitude / norm).abs().min() > INVERTIBLE
-                self.cached = (key, norm, self.late.asks("apart", apart))
+                self.cached = (key, norm, self.late.answer("apart", apart))
         return self.magnitude / self.cached[1]
 
     def rescaled(self, v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:

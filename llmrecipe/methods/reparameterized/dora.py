@@ -81,7 +81,7 @@ class _Direction(Gain):
         squares = self.squares()
         total = squared_norm_of_sum(squares, product, self.A, self.B, self.scale)
         norm = torch.maximum(total, CANCELLED * squares).sqrt()
-        if self.late.asks("lost", (total < NEAR * squares).any()):
+        if self.late.answer("lost", (total < NEAR * squares).any()):
             rows = self.weight_rows() + self.scale * (low_rank.wide(self.B) @ low_rank.wide(self.A))
             norm = torch.where(total < NEAR * squares, rows.norm(dim=1), norm)
         return norm
@@ -307,7 +307,7 @@ class Dora(Wrapper):
         return None
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Forget cached norms; what was asked of a device in this step goes on its way, what was in the last is known."""
+        """Forget cached norms; the questions of this step are sent for, those of the last step are answered."""
         arrive([hook.late for hook in self._forget(model)])
 
     def _forget(self, model: nn.Module) -> list[Gain]:

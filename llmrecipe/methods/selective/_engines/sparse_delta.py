@@ -178,7 +178,7 @@ class SparseDelta(Hook):
         return super().active()
 
     def blocks(self, rows: bool) -> BlockPlan:
-        """Return how the gradient of chosen blocks is formed, made anew where the indices have changed."""
+        """Return how the gradient of chosen blocks is formed, made again where the indices have changed."""
         key = (self.idx.data_ptr(), self.idx._version, rows)
         if self.planned is None or self.planned[0] != key:
             self.planned = key, block_plan(self.idx, self.shape, block_size(self.layout), rows)
