@@ -278,6 +278,8 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # finetuning
     "sft": exact(0.95),
     "classify": labelled(0.95),
+    # The words of four labels after the text: 0.25 by chance.
+    "sentiment": Learns("eval/rank_accuracy", 0.95, 0.45, LABELS),
     "image_classification": Learns("eval/accuracy", 0.9, 0.45, shuffled_pictures("label")),
     # A token of a caption: what the words before it give away is all that is left with pictures of other captions.
     "caption": Learns("eval/loss", 0.4, 0.6, shuffled_pictures("image")),
