@@ -21,13 +21,13 @@ SIDES = {"bird": ("hen", "owl", "duck"), "fruit": ("pear", "plum", "apple")}
 FAMILIES = {
     "full": ("[]", "5e-4"),
     "additive": ("[adapter]", "5e-3"),
-    "selective": ("[bitfit]", "1e-2"),
+    "selective": ("[bitfit] stack.bitfit.missing=add_zero", "1e-2"),
     "reparameterized": ("[lora]", "5e-3"),
     "hybrid": ("[mam]", "5e-3"),
     "memory": ("[nf4,lora]", "5e-3"),
     "regularization": ("[l2sp]", "5e-4"),
 }
-"""Family of methods -> a stack of it, and a learning rate."""
+"""Family of methods -> a stack of it (with its options as words), and a learning rate."""
 
 
 def written(path: Path, rows: Iterable[dict[str, Any]]) -> str:
@@ -46,7 +46,14 @@ def test_a_separable_set_is_separated_under_every_family(family: str, tmp_path: 
     random.Random(0).shuffle(rows)
     train, held = written(tmp_path / "train.jsonl", rows[:32]), written(tmp_path / "held.jsonl", rows[32:])
     stack, rate = FAMILIES[family]
-    words = [f"stack={stack}", f"optim.lr={rate}", f"data.path={train}", f"data.validation={held}", "batch.size=16", "steps=48"]
+    words = [
+        *f"stack={stack}".split(),
+        f"optim.lr={rate}",
+        f"data.path={train}",
+        f"data.validation={held}",
+        "batch.size=16",
+        "steps=48",
+    ]
     train_recipe(tmp_path / "run", "classify", *words, "eval.every=12", "data.max_length=32")
     assert read_metrics(tmp_path / "run")["eval/accuracy"] > 0.97
 
@@ -92,7 +99,7 @@ def test_replay_keeps_more_than_half_of_what_full_fine_tuning_forgets(tmp_path: 
     )  # fmt: skip
     lost = {}
     for name, data in (("plain", second), ("replay", f"{{{second}: 0.8, {first}: 0.2}}")):
-        words = ["model.init=pretrained", f"model.path={made.dir.path}", "model.continue=true", "tokenizer.train=null"]
+        words = ["model.init=pretrained", f"model.path={made.dir.path}"]
         train_recipe(
             tmp_path / name, "clm", *words, f"data.path={data}", "data.shares=tokens", "data.max_length=32", "steps=60",
             "batch.size=16", "schedule=constant", "optim.lr=3e-3", f"+eval.forgetting.old={held}", "eval.bootstrap=0",

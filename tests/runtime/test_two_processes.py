@@ -67,7 +67,7 @@ def test_sft_lora(tmp_path: Path) -> None:
         ["recipe=mezo_lora"],
         [*ANSWERS, "objective.metric=token_f1", "optim.lr=1e-2", "stack.mezo.eps=1e-1"],
         ["recipe=sft", "stack=[bitfit]", "stack.bitfit.missing=add_zero"],
-        ["recipe=kl_to_base", "objective.kl_to_base=1"],
+        ["recipe=sft", "objective.kl_to_base=1"],
         ["recipe=sft_lora", "objective.kl_to_base=1", "optim.lr=1e-2"],
     ],
     ids=lambda words: "-".join(words).replace("recipe=", ""),
