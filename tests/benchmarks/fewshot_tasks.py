@@ -87,7 +87,7 @@ def main() -> None:
         values = [gain for seed in seeds for gain in seed[control]]
         mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
         rows.append({"control": control, "gain": mean, "error": error, "tasks": len(values), "verdict": verdict(mean, error)})
-    sizes = f"{len(tasks)} tasks, of which {UNSEEN} are held out from each of {given.seeds} seeds; {given.steps} steps"
+    sizes = f"{len(tasks)} tasks, of which {UNSEEN} are held out from each training; seeds: {given.seeds}; {given.steps} steps"
     facts = {"model": Path(given.model).name, "sizes": sizes, "rows": rows, "harness": stamp("fewshot_tasks")}
     (given.results / "fewshot_tasks.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     table = [
