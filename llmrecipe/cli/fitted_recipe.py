@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,8 @@ USUAL = {
     "choices": ("choices", "a prompt with answers to choose from"),
 }
 """Row type -> (the recipe that usually trains on it, what the rows are); rows that can be several are the first of them."""
+QUESTION = re.compile(r"[\w ,.?'-]{4,60}")
+"""A prompt that needs no escaping between double quotes."""
 SAMPLE = 20
 """Rows that are looked at to guess what they are."""
 MEASURED = 2000
@@ -61,6 +64,8 @@ class Fitted:
     """Section -> its keys, as they stand in the recipe; or a key of no section -> its value."""
     remarks: list[str] = field(default_factory=list)
     """Lines of the comment."""
+    question: str | None = None
+    """Prompt of a training row, to ask the trained model."""
     choices: dict[str, str | list[str]] = field(default_factory=dict)
     """Group -> what is chosen of it instead of the parent's."""
 
@@ -332,6 +337,8 @@ def readable(found: Fitted, path: Path) -> str | None:
         rows = len(tokenized_rows(recipe, "train")[0])
     except UserError as error:
         return f"these rows cannot be trained on as they are:\n{error}"
+    if found.reading.rows == "dialogue":
+        found.question = _question(recipe.data)
     _leave_no_row_alone(found, rows if found.rows <= MEASURED else _training_rows(recipe.data), recipe.batch.size)
     if "validation" in found.settings["data"]:
         try:
@@ -342,6 +349,19 @@ def readable(found: Fitted, path: Path) -> str | None:
             found.remarks = [line for line in found.remarks if not line.startswith("validation")]
             found.remarks.append(f"validation   none: a share that is drawn by chance cannot be used ({reason})")
     return None
+
+
+def _question(section: DataSection) -> str | None:
+    """Return a short prompt of a training row that stands on a command line as it is; None where there is none."""
+    from llmrecipe.data.formats.sources import open_split
+
+    part = open_split(section, "train")[0]
+    prompts = (
+        row.get(section.columns.get("prompt", "prompt"))
+        for _, row in islice(part.reader.stream(), MEASURED)
+        if part.chosen(row)
+    )
+    return next((text for text in prompts if isinstance(text, str) and QUESTION.fullmatch(text)), None)
 
 
 def _training_rows(section: DataSection) -> int:

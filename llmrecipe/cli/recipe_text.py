@@ -26,6 +26,7 @@ def recipe_text(found: Fitted, word: str) -> str:
         f"#   llmrecipe data recipe={word}      look first: rows as the model sees them, «trained» and masked",
         f"#   llmrecipe check recipe={word}     what would train, memory, warnings",
         f"#   llmrecipe train recipe={word}",
+        *([f'#   llmrecipe chat RUN --prompt "{found.question}"      a row it was trained on'] if found.question else []),
         "#",
         f"# format       {detected.name}: {detected.format.summary}{renamed}",
         f"# objective    {found.objective}, because the rows are {what}",

@@ -142,7 +142,8 @@ def test_lengths_hold_every_row_and_no_more_than_needed() -> None:
     assert rows.report.lost == 0 and recipe.tokenizer.chat_template == "own"
     assert recipe.data.max_length == next(n for n in (32, 64, 96, 128) if n >= longest)
     assert (recipe.data.validation, recipe.batch.size) == (None, 2)
-    assert "# validation   none: too few rows" in Path("recipes/zoo.yaml").read_text(encoding="utf-8")
+    text = Path("recipes/zoo.yaml").read_text(encoding="utf-8")
+    assert "# validation   none: too few rows" in text and f'llmrecipe chat RUN --prompt "{_ask(0)}"' in text
 
 
 def test_numbers_with_places_are_scores_and_whole_numbers_are_classes() -> None:
