@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmrecipe.recipe.schema import Recipe
 
 SMALL, LARGE = 20_000_000, 500_000_000
-"""Parameters: below the first a model learns rows by heart and has no room for branches beside its weights."""
+"""Parameters: below the first a model learns rows by heart and has no room for branches next to its weights."""
 BRANCHES = {"lora", "dora"}
 """Methods whose rate is known to follow that of full fine-tuning."""
 RATES = {"whole": (5e-5, 1e-5), "branches": (5e-4, 2e-4), "preferences": (1e-4, 5e-5)}
@@ -68,7 +68,7 @@ def _by_heart(found: Fitted, parent: Recipe, of_size: str, each: int, lengths: l
         found.parent = "sft"
         found.settings["optim"] = {"lr": 2e-3}
         found.remarks += [
-            f"trained      every weight: beside the weights of a model {of_size} a LoRA has too little room for facts",
+            f"trained      every weight: next to the weights of a model {of_size} a LoRA has too little room for facts",
             "rate         2e-3, which so small a model bears; a large one would forget all it knows",
         ]
     most, tokens = BY_HEART
