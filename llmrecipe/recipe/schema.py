@@ -444,7 +444,7 @@ class SearchSection(Section):
     space: dict[str, list[Any] | RangeSection] = Field(
         default_factory=dict, description="Key of the recipe -> values to choose from, or {low, high, log, step}."
     )
-    sampler: Literal["tpe", "gp", "nsga2", "random", "grid", "stepwise"] = Field(
+    sampler: Literal["tpe", "gp", "saas_map", "nsga2", "random", "grid", "stepwise"] = Field(
         "tpe",
         description="How the next trial is chosen: densities, a Gaussian process, evolution, by chance; grid tries everything; "
         "stepwise fixes one key after the other, each at the value that is best on average.",

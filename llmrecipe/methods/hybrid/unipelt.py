@@ -54,6 +54,8 @@ class Unipelt(Wrapper):
     """Rank of LoRA."""
     num_virtual_tokens: Rank = 10
     """Virtual tokens of the prefix."""
+    reparam: Literal["mlp", "flat"] = "mlp"
+    """How the prefix trains: a small table and an MLP, or the columns themselves."""
     hidden: Rank = 512
     """Width of the prefix's MLP."""
     reduction: PositiveInt = 16
@@ -84,7 +86,12 @@ class Unipelt(Wrapper):
         if self.parts == "APL":
             shared = "per_layer" if self.share == "per_part" else "per_module"
             made.append(part_of(self, Lora, target="attn.q|v", r=self.r, gate=gate, gate_share=shared))
-        made.append(part_of(self, PrefixTuning, num_virtual_tokens=self.num_virtual_tokens, hidden=self.hidden, gate=gate))
+        made.append(
+            part_of(
+                self, PrefixTuning, num_virtual_tokens=self.num_virtual_tokens, reparam=self.reparam, hidden=self.hidden,
+                gate=gate,
+            )
+        )  # fmt: skip
         made.append(
             part_of(
                 self, Adapter, placement="pfeiffer", reduction=self.reduction, init=self.adapter_init, gate=gate,

@@ -44,10 +44,17 @@ def sample_trial(study: optuna.Study, section: SearchSection, number: int) -> op
     import optuna
 
     seed = int(np.random.SeedSequence([section.seed, number]).generate_state(1)[0])
+    axes = space.distributions(section)
+    if section.sampler == "saas_map":
+        from llmrecipe.pipelines.search.saas_map import SaasMap
+
+        if number >= len(section.start):
+            study.enqueue_trial(SaasMap(section, seed).propose(study))
+        return study.ask(axes)
     samplers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
         "tpe": optuna.samplers.TPESampler,
         "gp": optuna.samplers.GPSampler,
         "nsga2": functools.partial(optuna.samplers.NSGAIISampler, population_size=POPULATION),
     }
     study.sampler = samplers.get(section.sampler, optuna.samplers.RandomSampler)(seed=seed)
-    return study.ask(space.distributions(section))
+    return study.ask(axes)

@@ -45,6 +45,8 @@ unipelt_adapter: {kind: adapter, placement: pfeiffer, reduction: 8, init: bert, 
     gates = [n for n, _ in model.named_parameters() if n.endswith(("gate.weight", "__gate.gate"))]
     assert len(gates) == 2 * 3  # three a block
     stands_for("llama", Unipelt(name="unipelt", parts="AP", **SMALL), "\n".join(TEXT.replace("GATE", "token").split("\n")[2:]))
+    flat = TEXT.replace("GATE", "token").replace("hidden: 6", "hidden: 6, reparam: flat")
+    stands_for("llama", Unipelt(name="unipelt", reparam="flat", **SMALL), flat)
 
 
 @pytest.mark.slow
