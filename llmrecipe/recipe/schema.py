@@ -444,10 +444,11 @@ class SearchSection(Section):
     space: dict[str, list[Any] | RangeSection] = Field(
         default_factory=dict, description="Key of the recipe -> values to choose from, or {low, high, log, step}."
     )
-    sampler: Literal["tpe", "gp", "saas_map", "nsga2", "random", "grid", "stepwise"] = Field(
+    sampler: Literal["tpe", "gp", "saas_map", "auto", "nsga2", "random", "grid", "stepwise"] = Field(
         "tpe",
-        description="How the next trial is chosen: densities, a Gaussian process, evolution, by chance; grid tries everything; "
-        "stepwise fixes one key after the other, each at the value that is best on average.",
+        description="How the next trial is chosen: densities, a Gaussian process, one with a sparsity prior by BoTorch "
+        "(saas_map; auto takes it where it is installed, else gp), evolution, by chance; grid tries everything; stepwise fixes "
+        "one key after the other, each at the value that is best on average.",
     )
     against: list[Literal["parameters", "memory", "seconds"]] = Field(
         default_factory=list,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from botorch.acquisition import AcquisitionFunction
     from botorch.models import ModelListGP
 
-STARTUP = 10
+STARTUP = 8
 """Completed trials before the first model."""
 
 LEVELS = 65
@@ -190,7 +190,7 @@ class SaasMap:
     def _gain(self, x: Tensor, y: Tensor, pending: Tensor | None) -> AcquisitionFunction:
         """Return the logarithm of the expected gain as a function of a point."""
         from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-        from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+        from botorch.acquisition.multi_objective import logei
         from botorch.sampling import SobolQMCNormalSampler
 
         model = self._model(x, y)
@@ -198,7 +198,10 @@ class SaasMap:
         if y.shape[1] == 1:
             return qLogNoisyExpectedImprovement(model.models[0], x, sampler=draws, X_pending=pending, prune_baseline=True)
         worst, best = y.amin(0), y.amax(0)
-        return qLogNoisyExpectedHypervolumeImprovement(
+        # BoTorch would compile a C++ kernel here, which takes minutes, waits for ever on the lock of a killed process, and
+        # rounds otherwise than the Python code that stands in for it elsewhere.
+        logei._load_attempted = True
+        return logei.qLogNoisyExpectedHypervolumeImprovement(
             model, worst - 0.1 * (best - worst), x, sampler=draws, X_pending=pending, prune_baseline=True
         )
 
@@ -209,9 +212,7 @@ class SaasMap:
         places = [axis.places for axis in self.axes.values()]
         if math.prod(map(len, places)) > ENUMERATED:
             choices = [torch.tensor(own, dtype=torch.double) for own in places]
-            x, _ = optimize_acqf_discrete_local_search(
-                gain, choices, q=1, num_restarts=6, raw_samples=512, X_avoid=tried
-            )
+            x, _ = optimize_acqf_discrete_local_search(gain, choices, q=1, num_restarts=4, raw_samples=256, X_avoid=tried)
             return x[0]
         known = set(map(tuple, tried.tolist()))
         left = [point for point in itertools.product(*places) if point not in known]

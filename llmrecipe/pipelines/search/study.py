@@ -41,7 +41,7 @@ from llmrecipe.core.steady_output import steady_output
 from llmrecipe.data.formats.sources import has_split
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
-from llmrecipe.pipelines.search.samplers import new_study, sample_trial
+from llmrecipe.pipelines.search.samplers import check_sampler, new_study, resolve_sampler, sample_trial
 from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.pipelines.search.winner import FINAL_WORDS, Final, check_final, final_length, row_interval, run_final
 from llmrecipe.pipelines.subprocesses import Children, Machine
@@ -76,10 +76,10 @@ class Search:
 
     def __init__(self, recipe: str, words: list[str], composition: Composition):
         self.recipe, self.words, self.composition = recipe, words, composition
-        self.section = space.axes_of(composition)
         self.evaluation = composition.recipe.eval
         run = composition.recipe.run
         self.folder = Path(run.dir) if run.dir is not None else Path(run.root) / f"{run.name or composition.name}-search"
+        self.section = resolve_sampler(space.axes_of(composition), self.folder / "trials.jsonl")
         command = shlex.join(["llmrecipe", "search", f"recipe={recipe}", *words])
         parallel = self.section.parallel
         machine = Machine(1, (), 1) if parallel == 1 else apart(lambda: Machine.here(parallel), "search.parallel")
@@ -98,6 +98,7 @@ class Search:
         Raises:
             UserError: a value of the space, the pruner, or what a dry run finds.
         """
+        check_sampler(self.section)
         if self.section.prune != "off" and self.section.against:
             raise RecipeError("search.prune: a trial that is behind in score may be ahead in cost; set search.prune=off")
         if self.section.prune != "off" and self.evaluation.every is None:
