@@ -6,11 +6,11 @@
 folder of labelled rows with train.jsonl, valid.jsonl and test.jsonl. Every search is one or two commands of `llmrecipe` under
 `--runs`, in one thread; what is finished there is reused.
 
-autopeft   `llmrecipe search recipe=autopeft` with the sampler of `--sampler` and with `random`, as many trials each. A search is
-           worth the volume under its front: accuracy on the validation rows against numbers left, from accuracy 0 and the most
-           numbers of any trial, as a share of the whole. Trials that both would draw, the random start, run once.
-noah       A supernet, `step supernet_search` on it, and its own control: as many sub-networks by chance scored, as many trained.
-           A search is worth the mean accuracy of those it trained from the start.
+autopeft   `llmrecipe search recipe=autopeft` with the sampler of `--sampler` and with `random`, as many trials each. A search
+           is worth the volume under its front: accuracy on the validation rows against numbers left, from accuracy 0 and the
+           most numbers of any trial, as a share of the whole. The random start, which both have, is trained once.
+noah       A supernet, `step supernet_search` on it, and its own control: as many sub-networks by chance scored, and as many
+           trained. A search is worth the mean accuracy of those it trained from the start.
 
 Results go to tests/benchmarks/results/search_control.md and .json; the verdict is that of `directions.verdict` over seeds.
 """
@@ -130,8 +130,8 @@ def text(report: dict[str, Any]) -> str:
     lines = [
         "# Searches against chance at equal cost\n",
         f"Written by `python -m tests.benchmarks.search_control`: {report['about']}.\n",
-        f"## AutoPEFT\n\n{report['trials']} trials a search, the first 8 random in both. Volume under the front of accuracy over "
-        "numbers left, as a share.\n\n| volume " + head.rstrip("\n"),
+        f"## AutoPEFT\n\n{report['trials']} trials a search, the first 8 random in both. Volume under the front of accuracy "
+        "over numbers left, as a share.\n\n| volume " + head.rstrip("\n"),
     ]
     lines += [f"| {name} | {cells(peft['volume'][name])} |" for name in (sampler, "random")]
     lines += ["\n| best accuracy " + head.rstrip("\n")]

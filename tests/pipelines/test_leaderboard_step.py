@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmrecipe.cli import app
 from llmrecipe.core import registry
@@ -192,6 +193,27 @@ def test_every_method_of_the_survey_is_on_its_board_with_one_rule_and_one_budget
     assert {w for s in stages for w in s.words if w.startswith("optim.lr=")} == {
         f"optim.lr={r}" for r in (0.003, 0.0006, 0.015)
     }
+
+
+def test_hybrids_and_their_parts_train_as_many_numbers_with_one_rule_and_one_budget() -> None:
+    """4,608 a layer within 5 in 100, BitFit apart, which has but one size; only rate, seed and stack differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from llmrecipe.methods._base.stack import Stack
+    from llmrecipe.models.checkpoint_path import TINY
+
+    once = ["stages.method.matrix.seed=[0]", "stages.method.matrix.rate=[5e-3]"]
+    stages = {n: s for n, s in stages_of("hybrid_leaderboard", *once).items() if n.startswith("method-")}
+    assert len(stages) == 10
+    for name, stage in stages.items():
+        assert {"steps=30", "seed=0", "optim.lr=0.005", 'data.path="builtin:sft"'} < set(stage.words)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
+        options = compose(stage.what, list(stage.words)).recipe.stack
+        made = [registry.load_class("stack", own.pop("kind"))(name=n, **own) for n, own in options.items()]
+        Stack(made).attach(model)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert count == 4 * 1728 if name.endswith("bitfit") else abs(count / (4 * 4608) - 1) < 0.05, (name, count)
 
 
 SOME_OF_IT = ["steps=2", "batch.size=2", "data.limit=6", "data.max_length=64", "eval.forgetting={}", "stages.board.columns=[]",

@@ -389,6 +389,7 @@ LEARNING: dict[str, Learns | ShownBy] = {
     # leaderboards
     "peft_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_every_method_of_the_board_learns"),
     "survey_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_methods_of_the_survey_learn"),
+    "hybrid_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_hybrids_and_their_parts_learn"),
     "memory_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_the_memory_of_methods_follows_their_formulas"),
     "pretraining_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_a_pretext_of_the_board_is_worth_something"),
     "alignment_leaderboard": ShownBy("tests/recipes/test_pipelines_learn.py::test_objectives_of_the_board_learn"),

@@ -7,10 +7,10 @@
           half-Cauchy variables, so that few keys matter unless the trials say otherwise; maximum a posteriori for four tau
     next  = argmax of log E[volume(front and f(x)) - volume(front)] over the points that have not been tried
 
-The volume is counted from a reference point that is worse than every trial, by a tenth of the spread of each y. Trials that run
-at the same time are taken to be on the way (`X_pending`). The first STARTUP completed trials are random. Without a cost the gain
-is that of the best score. A proposal is a function of (seed, number) and the trials before it, and no point is proposed twice
-while there are others. A range of floats is searched at LEVELS values.
+The volume is counted from a reference point that is worse than every trial, by a tenth of the spread of each y. Trials that
+run at the same time are taken to be on the way (`X_pending`). Until STARTUP trials are completed, points are random. Without a
+cost the gain is that of the best score. A proposal is a function of (seed, number) and the trials before it, and no point is
+proposed twice while there are others. A range of floats is searched at LEVELS values.
 
 Papers: High-Dimensional Bayesian Optimization with Sparse Axis-Aligned Subspaces (arXiv 2103.00349), whose posterior is sampled
 and here maximized; Parallel Bayesian Optimization of Multiple Noisy Objectives with Expected Hypervolume Improvement
@@ -92,16 +92,19 @@ def axis_of(value: list[Any] | RangeSection, distribution: BaseDistribution) -> 
 
 
 def _levels(value: RangeSection, whole: bool) -> tuple[Any, ...]:
+    """Return the values of a range that are compared, rounded as a trial's point is."""
     step = value.step or (1 if whole else None)
     if step is not None and (value.high - value.low) / step < LEVELS:
         count = math.floor((value.high - value.low) / step + 1e-9) + 1
-        return tuple(value.low + k * step for k in range(count))
-    shares = [k / (LEVELS - 1) for k in range(LEVELS)]
-    low, high = float(value.low), float(value.high)
-    drawn = [low * (high / low) ** s if value.log else low + (high - low) * s for s in shares]
-    if step is not None:
-        drawn = [value.low + round((v - low) / step) * step for v in drawn]
-    return tuple(dict.fromkeys(min(max(v, value.low), value.high) for v in drawn))
+        drawn = [value.low + k * step for k in range(count)]
+    else:
+        shares = [k / (LEVELS - 1) for k in range(LEVELS)]
+        low, high = float(value.low), float(value.high)
+        drawn = [low * (high / low) ** s if value.log else low + (high - low) * s for s in shares]
+        if step is not None:
+            drawn = [value.low + math.floor((v - low) / step + 0.5) * step for v in drawn]
+            drawn = [v if v <= value.high else v - step for v in drawn]
+    return tuple(dict.fromkeys(drawn if whole else [space.rounded(v, value) for v in drawn]))
 
 
 def _place(value: float, low: float, high: float, log: bool) -> float:

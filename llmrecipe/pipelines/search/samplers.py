@@ -57,8 +57,8 @@ def check_sampler(section: SearchSection) -> None:
     """
     if section.sampler == "saas_map" and not is_installed("botorch"):
         raise RunError(
-            f"search.sampler: saas_map needs BoTorch: {INSTALL}; without it use search.sampler=gp, or auto, which takes saas_map "
-            "where it is installed"
+            f"search.sampler: saas_map needs BoTorch: {INSTALL}; without it use search.sampler=gp, or auto, which takes "
+            "saas_map where BoTorch is installed"
         )
 
 

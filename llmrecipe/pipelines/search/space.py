@@ -179,10 +179,15 @@ def point_of(section: SearchSection, drawn: Mapping[str, Any]) -> dict[str, Any]
         if not isinstance(value, RangeSection):
             found[key] = value[chosen]
         elif isinstance(chosen, float):
-            found[key] = min(max(float(f"{chosen:.6g}"), value.low), value.high)
+            found[key] = rounded(chosen, value)
         else:
             found[key] = chosen
     return found
+
+
+def rounded(number: float, value: RangeSection) -> float:
+    """Round a number of a range to six digits, inside the range."""
+    return min(max(float(f"{number:.6g}"), value.low), value.high)
 
 
 def drawn_of(section: SearchSection, point: Mapping[str, Any]) -> dict[str, Any]:
