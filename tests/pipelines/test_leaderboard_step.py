@@ -200,6 +200,7 @@ def test_hybrids_and_their_parts_train_as_many_numbers_with_one_rule_and_one_bud
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from llmrecipe.methods._base.stack import Stack
+    from llmrecipe.models.attention import install_attention
     from llmrecipe.models.checkpoint_path import TINY
 
     once = ["stages.method.matrix.seed=[0]", "stages.method.matrix.rate=[5e-3]"]
@@ -209,6 +210,7 @@ def test_hybrids_and_their_parts_train_as_many_numbers_with_one_rule_and_one_bud
         assert {"steps=30", "seed=0", "optim.lr=0.005", 'data.path="builtin:sft"'} < set(stage.words)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
+        install_attention(model, "sdpa")
         options = compose(stage.what, list(stage.words)).recipe.stack
         made = [registry.load_class("stack", own.pop("kind"))(name=n, **own) for n, own in options.items()]
         Stack(made).attach(model)
