@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,23 @@ def test_a_stopped_search_goes_on_to_the_same_proposals(lab: Lab, parallel: int)
 
 @needs_botorch
 @pytest.mark.slow
-def test_nothing_is_learned_from_equal_scores_and_nothing_breaks() -> None:
-    """A column without spread has no scale of its own."""
+@pytest.mark.parametrize("scores", [[1.0], [1.0, math.inf]], ids=["equal", "infinite"])
+def test_scores_without_a_scale_break_nothing(scores: list[float]) -> None:
+    """A column without spread, and losses that are no finite number; no point is proposed twice."""
     from optuna.trial import create_trial
 
     section = SearchSection(
         space={"a": {"low": 0, "high": 40}, "b": {"low": 0, "high": 40}}, sampler="saas_map", against=["parameters"]
     )
     study, points = new_study(section, "min"), []
-    for number in range(9):
+    for number in range(8 * len(scores) + 1):
         drawn = sample_trial(study, section, number)
         points.append(tuple(point_of(section, drawn.params).values()))
         done = [t for t in study.trials if t.state.is_finished()]
         study = new_study(section, "min")
-        study.add_trials([*done, create_trial(params=drawn.params, distributions=distributions(section), values=[1.0, 2.0])])
-    assert len(set(points)) == 9
+        about = {"params": drawn.params, "distributions": distributions(section)}
+        study.add_trials([*done, create_trial(**about, values=[scores[number % len(scores)], 2.0])])
+    assert len(set(points)) == len(points)
 
 
 @needs_botorch

@@ -123,7 +123,8 @@ class SaasMap:
     def propose(self, study: optuna.Study) -> dict[str, Any]:
         """Return Optuna's values of the next trial of a study."""
         others = study.get_trials(deepcopy=False)
-        done = [t for t in others if t.state == TrialState.COMPLETE]
+        # An infinite loss says no more than that the point is bad, and has no place on a scale.
+        done = [t for t in others if t.state == TrialState.COMPLETE and all(map(math.isfinite, t.values))]
         found = self._best(study, done, others) if len(done) >= STARTUP else None
         return found or self._random(study, [t.params for t in others])
 
@@ -141,6 +142,7 @@ class SaasMap:
     def _best(self, study: optuna.Study, done: Sequence[FrozenTrial], others: Sequence[FrozenTrial]) -> dict[str, Any] | None:
         """Return the point with the largest expected gain; None where all have been tried or no model fits."""
         from botorch.exceptions import ModelFittingError
+        from linear_operator.utils.errors import NanError, NotPSDError
 
         better = optuna.study.StudyDirection.MAXIMIZE
         signs = torch.tensor([1.0 if own == better else -1.0 for own in study.directions], dtype=torch.double)
@@ -155,7 +157,7 @@ class SaasMap:
             try:
                 gain = self._gain(self._encoded(done), y, pending)
                 x = self._argmax(gain, self._encoded(others))
-            except ModelFittingError:
+            except (ModelFittingError, NanError, NotPSDError):
                 return None
         return None if x is None else {key: axis.nearest(float(v)) for (key, axis), v in zip(self.axes.items(), x, strict=True)}
 
