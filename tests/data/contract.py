@@ -41,7 +41,8 @@ def test_the_example_converts_and_survives_detection(name: str, rows: str, tmp_p
     if isinstance(row.get("image"), str):  # a path beside the rows
         (tmp_path / row["image"]).parent.mkdir(parents=True)
         (tmp_path / row["image"]).touch()
-    conversion = Conversion(rows, template=True, base=tmp_path)
+    words = {str(row.get("label")): "right", "another label": "wrong"}
+    conversion = Conversion(rows, template=True, base=tmp_path, label_words=words, label_prompt="Say it:")
     before = copy.deepcopy(row)
     made = found.convert(row, conversion)
     assert made and all(isinstance(one, dict) and one for one in made)

@@ -66,7 +66,8 @@ def test_the_example_of_a_format_is_found_by_its_columns_and_becomes_every_row_t
         (tmp_path / row["image"]).write_bytes(b"")
     found = detect([row], rows, "auto", "x")
     assert found.name == name and not found.aliases
-    assert found.convert(row, Conversion(rows, template=True, base=tmp_path))
+    words = {str(row.get("label")): "right", "another label": "wrong"}
+    assert found.convert(row, Conversion(rows, template=True, base=tmp_path, label_words=words, label_prompt="Say it:"))
 
 
 def test_what_a_row_type_says_of_itself() -> None:
