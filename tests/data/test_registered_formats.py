@@ -36,7 +36,7 @@ ORDER = {
     ],
     "choices": [
         "choices", "p3", "natural_instructions",
-        "preference", "preference_messages", "preference_alpaca", "preference_implicit",
+        "preference", "preference_messages", "preference_alpaca", "preference_implicit", "labelled", "labelled_pair",
     ],
     "prompt": ["messages", "sharegpt", "alpaca", "preference_alpaca", "preference_implicit", "prompt"],
     "labelled": ["labelled", "labelled_pair"],

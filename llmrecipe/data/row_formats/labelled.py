@@ -15,7 +15,7 @@ class Labelled(DataFormat):
     """A text and its label."""
 
     columns: ClassVar[tuple[tuple[str, ...], ...]] = (("text", "label"),)
-    becomes: ClassVar[dict[str, int]] = {"labelled": 10, "choices": 30}
+    becomes: ClassVar[dict[str, int]] = {"labelled": 10, "choices": 90}
     example: ClassVar[str] = '{"text": "A fine harbour.", "label": "good"}'
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:

@@ -24,7 +24,7 @@ class LabelledPair(DataFormat):
         ("premise", "hypothesis", "score"),
         ("question1", "question2", "score"),
     )
-    becomes: ClassVar[dict[str, int]] = {"labelled": 20, "choices": 31}
+    becomes: ClassVar[dict[str, int]] = {"labelled": 20, "choices": 91}
     example: ClassVar[str] = '{"premise": "It snows.", "hypothesis": "It is cold.", "label": "entailment"}'
 
     def convert(self, row: Row, conversion: Conversion) -> list[Row]:
