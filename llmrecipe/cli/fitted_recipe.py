@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrecipe.cli.fitted import Fitted
 from llmrecipe.core.errors import DataError, RecipeError, UserError
-from llmrecipe.recipe.overrides import as_word
 
 if TYPE_CHECKING:
-    from llmrecipe.data.formats.guess import FormatGuess
     from llmrecipe.data.formats.sources import Part
     from llmrecipe.recipe.schema import DataSection
 
@@ -45,37 +43,6 @@ LONGEST = 4096
 """Longest row that is proposed; more is the user's choice."""
 WINDOW = 384
 """Longest window of a passage."""
-
-
-@dataclass
-class Fitted:
-    """What was found out about a file."""
-
-    name: str
-    file: str
-    parent: str
-    objective: str
-    reading: FormatGuess
-    rows: int
-    others: list[str]
-    """Other objectives that read such rows."""
-    model: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Section -> its keys, as they stand in the recipe; or a key of no section -> its value."""
-    remarks: list[str] = field(default_factory=list)
-    """Lines of the comment."""
-    question: str | None = None
-    """Prompt of a training row, to ask the trained model."""
-    choices: dict[str, str | list[str]] = field(default_factory=dict)
-    """Group -> what is chosen of it instead of the parent's."""
-
-    def words(self) -> list[str]:
-        """Return the settings as overrides."""
-        chosen = [as_word((group,), value) for group, value in self.choices.items()]
-        paths = {(key,): value for key, value in self.settings.items() if not isinstance(value, dict)}
-        sections = [(name, body) for name, body in self.settings.items() if isinstance(body, dict)]
-        within = {(name, key): value for name, body in sections for key, value in body.items()}
-        return [*chosen, *(as_word(path, value) for path, value in (paths | within).items())]
 
 
 def fit_recipe(

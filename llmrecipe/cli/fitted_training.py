@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmrecipe.cli.fitted_recipe import Fitted
+    from llmrecipe.cli.fitted import Fitted
     from llmrecipe.recipe.schema import Recipe
 
 SMALL, LARGE = 20_000_000, 500_000_000

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmrecipe.cli.fitted_recipe import USUAL, Fitted
+from llmrecipe.cli.fitted import Fitted
+from llmrecipe.cli.fitted_recipe import USUAL
 from llmrecipe.recipe.yaml_file import choice_lines, flow_text
 
 SCHEMA = "recipe.schema.json"

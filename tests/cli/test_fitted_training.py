@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmrecipe.cli.fitted_recipe import Fitted
+from llmrecipe.cli.fitted import Fitted
 from llmrecipe.cli.fitted_training import fit_training
 
 

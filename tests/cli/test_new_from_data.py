@@ -12,7 +12,8 @@ from PIL import Image
 
 from llmrecipe.cli.app import run_command
 from llmrecipe.cli.data import tokenized_rows
-from llmrecipe.cli.fitted_recipe import USUAL, Fitted, _leave_no_row_alone, _tag_settings
+from llmrecipe.cli.fitted import Fitted
+from llmrecipe.cli.fitted_recipe import USUAL, _leave_no_row_alone, _tag_settings
 from llmrecipe.core import registry
 from llmrecipe.data.formats.guess import readings
 from llmrecipe.data.formats.sources import open_split

@@ -28,7 +28,7 @@ FEW = ["search.sampler=saas_map", "search.space={optim.lr: [1e-5, 1e-4, 1e-3, 1e
 
 
 def test_points_are_numbers_between_zero_and_one() -> None:
-    from llmrecipe.pipelines.search.saas_map import LEVELS, axis_of
+    from llmrecipe.pipelines.search.saas_map import LEVELS, coordinate_of
 
     given: dict[str, Any] = {
         "steps": {"low": 2, "high": 8, "step": 2},
@@ -43,7 +43,7 @@ def test_points_are_numbers_between_zero_and_one() -> None:
     }
     section = SearchSection(space=given)
     own = distributions(section)
-    axes = {key: axis_of(value, own[key]) for key, value in section.space.items()}
+    axes = {key: coordinate_of(value, own[key]) for key, value in section.space.items()}
     assert axes["steps"].drawn == (2, 4, 6, 8) and axes["steps"].places == pytest.approx((0, 1 / 3, 2 / 3, 1))
     assert len(axes["seed"].drawn) == LEVELS and {type(v) for v in axes["seed"].drawn} == {int}
     assert axes["seed"].drawn[-1] == 10**6 and axes["seed"].place(250_000) == 0.25

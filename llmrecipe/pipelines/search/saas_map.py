@@ -54,7 +54,7 @@ DRAWS = 100
 
 
 @dataclass(frozen=True)
-class Axis:
+class Coordinate:
     """A key of the space as numbers."""
 
     drawn: tuple[Any, ...]
@@ -77,18 +77,18 @@ class Axis:
         return self.drawn[min(range(len(self.places)), key=lambda i: abs(self.places[i] - place))]
 
 
-def axis_of(value: list[Any] | RangeSection, distribution: BaseDistribution) -> Axis:
-    """Return the axis of one key of the space."""
+def coordinate_of(value: list[Any] | RangeSection, distribution: BaseDistribution) -> Coordinate:
+    """Return the coordinate of one key of the space."""
     if isinstance(value, list):
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
         if not numbers and len(value) > 2:
-            return Axis(tuple(range(len(value))), tuple(map(float, range(len(value)))), ordered=False)
+            return Coordinate(tuple(range(len(value))), tuple(map(float, range(len(value)))), ordered=False)
         ranks = sorted(range(len(value)), key=value.__getitem__) if numbers else list(range(len(value)))
         places = tuple(ranks.index(i) / max(1, len(value) - 1) for i in range(len(value)))
-        return Axis(tuple(range(len(value))), places)
+        return Coordinate(tuple(range(len(value))), places)
     low, high = float(value.low), float(value.high)
     drawn = _levels(value, isinstance(distribution, IntDistribution))
-    return Axis(drawn, tuple(_place(v, low, high, value.log) for v in drawn), low, high, value.log)
+    return Coordinate(drawn, tuple(_place(v, low, high, value.log) for v in drawn), low, high, value.log)
 
 
 def _levels(value: RangeSection, whole: bool) -> tuple[Any, ...]:
@@ -118,7 +118,7 @@ class SaasMap:
         """Prepare the axes; `seed` is the trial's own."""
         self.seed = seed
         self.distributions = space.distributions(section)
-        self.axes = {key: axis_of(value, self.distributions[key]) for key, value in section.space.items()}
+        self.axes = {key: coordinate_of(value, self.distributions[key]) for key, value in section.space.items()}
 
     def propose(self, study: optuna.Study) -> dict[str, Any]:
         """Return Optuna's values of the next trial of a study."""
