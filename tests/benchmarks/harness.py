@@ -8,6 +8,7 @@ A case is a recipe (`sft_lora`, `dpo_lora`) on a model shape against one setting
 
     defaults        TRL with nothing set that it sets by itself (bfloat16 autocast); this program as well (float32)
     defaults_bfloat16   the same TRL; this program in the precision that TRL chose, with bfloat16 weights
+    defaults_recompute  the same on both sides, with activations recomputed here too, as TRL does by default
     best_float32    TRL with packing (SFT) or precomputed reference (DPO), nothing recomputed; both sides in float32
     best_bfloat16   the same with bfloat16 weights and autocast; this program with bfloat16 weights
 
@@ -51,7 +52,7 @@ sys.path.insert(0, str(HERE))
 from stamp import line, stamp  # noqa: E402
 from workload import ROWS, SHAPES, tokens_of, write_rows  # noqa: E402
 
-AGAINST = ("defaults", "defaults_bfloat16", "best_float32", "best_bfloat16")
+AGAINST = ("defaults", "defaults_bfloat16", "defaults_recompute", "best_float32", "best_bfloat16")
 BATCH = {"sft": 8, "dpo": 4}
 STEPS = {"tiny": 6, "10m": 16, "60m": 8}
 LORA = {"r": 16, "alpha": 32}
@@ -109,7 +110,12 @@ class Case:
     @property
     def dtype(self) -> str | None:
         """The stated precision, or None where this program keeps its own default; TRL keeps its own under `defaults`."""
-        return self.against.partition("_")[2] or None
+        return "bfloat16" if self.recompute else self.against.partition("_")[2] or None
+
+    @property
+    def recompute(self) -> bool:
+        """Whether this program recomputes activations; TRL does under `defaults`."""
+        return self.against == "defaults_recompute"
 
 
 def peer_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[str], Path]:
@@ -159,6 +165,7 @@ def product_command(case: Case, model: Path, data: Path, out: Path) -> tuple[lis
         "data.cache=false",
         *([f"objective.beta={BETA}"] if case.task == "dpo" else []),
         *([f"model.dtype={case.dtype}"] if case.dtype else []),
+        *(["model.gradient_checkpointing=true"] if case.recompute else []),
     ]
     start = "import sys; from llmrecipe.cli.app import main; sys.exit(main())"
     return [sys.executable, "-c", start, "train", *overrides], run / "events.jsonl"
