@@ -82,7 +82,7 @@ def _converts(detected: DetectedFormat, rows: str, part: Part, sample: Sequence[
             made = detected.convert(row, conversion)
             if any("messages" not in one or any(m["role"] == "assistant" for m in one["messages"]) for one in made):
                 return True
-        except (BadRow, KeyError, TypeError, AttributeError, ValueError):
+        except (BadRow, DataError, KeyError, TypeError, AttributeError, ValueError):
             continue
     return False
 
