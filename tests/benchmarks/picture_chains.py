@@ -7,7 +7,7 @@ since names are hardly shared between the splits. `recipe=mmlm_caption` and `rec
 pictures, then to write the text, or to answer `What kind of thing is drawn?`, from 64 of them; next to them are fresh weights,
 and the same on pictures of other rows (`data.control={image: rows}`). `recipe=clip` looks for the text `animals: lion` of each
 of the held-out pictures among all of these, again next to pictures of other rows; a text drawn by chance is among k of n with
-k / n. Steps were chosen on the validation rows. Finished runs in the folder of runs are read, not trained again. Results go to
+k / n. The steps were not tuned. Finished runs in the folder of runs are read, not trained again. Results go to
 tests/benchmarks/results/picture_chains.md.
 """
 

@@ -7,7 +7,8 @@ span of a description that answers a question (`What is it near?`), made of the 
 one whose value is in the description word for word. `pairs_stsb`: three routes to the vector of a sentence learn from the
 sentences of the training pairs; the task is to find the second sentence of the pairs scored 4 or more, and its score how the
 cosine of all pairs follows theirs (Spearman). The tokenizer is made of the texts. Rows of a table have the same shape, steps
-and rows; steps were chosen on validation rows. Finished runs in the folder of runs are read, not trained again. Results go to
+and rows. A pretext has 1,000 steps: there the loss of hidden words falls slowly on validation rows of `e2e_nlg`; the steps of
+the tasks were not tuned. Finished runs in the folder of runs are read, not trained again. Results go to
 tests/benchmarks/results/pretext_leaderboard.md.
 """
 
@@ -32,7 +33,9 @@ from tests.benchmarks.stamp import RESULTS, line, stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "pretraining_leaderboard"
-SHAPE = ["model.config.hidden_size=96", "+model.config.intermediate_size=192", "stages.board.plot=false"]
+SHAPE = [
+    "model.config.hidden_size=96", "+model.config.intermediate_size=192", "stages.pretext.steps=1000", "stages.board.plot=false",
+]  # fmt: skip
 QUESTIONS = {
     "name": "What is it called?", "near": "What is it near?", "food": "What food is there?", "area": "Where is it?",
     "price": "What does it cost?", "customer rating": "How is it rated?",
@@ -41,7 +44,7 @@ QUESTIONS = {
 METRICS = {"e2e_nlg": "exact match", "pairs_stsb": "Spearman"}
 E2E = ["steps=40"]
 STSB = [
-    "steps=20", "stages.pretext.batch.size=64", "stages.pretext.data.max_length=48", "stages.board.metric=test/spearman",
+    "steps=20", "stages.pretext.batch.size=32", "stages.pretext.data.max_length=48", "stages.board.metric=test/spearman",
     "~stages.fresh.matrix.shape.decoder",
     *(f"~stages.pretext.matrix.pretext.{name}" for name in ("nsp", "dae", "clm")),
     "stages.task.matrix.pretext=[mlm,contrastive,tsdae]", "+stages.pretext.matrix.pretext.contrastive.objective.pool=avg",
