@@ -14,8 +14,11 @@ import argparse
 import fnmatch
 import hashlib
 import json
+import os
+import platform
 import re
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,14 @@ def _git(*words: str) -> str:
 def stamp(name: str) -> dict[str, Any]:
     """What a result file written by this checkout says under `harness`."""
     return {"name": name, "version": declared()[name]["version"], "commit": commit()}
+
+
+def machine() -> str:
+    """Processor and versions, as a line that stands before the last one of a Markdown file."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = next((text.split(":")[1].strip() for text in info.splitlines() if text.startswith("model name")), "")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"cpu {model} x{os.cpu_count()}, python {platform.python_version()}, {packages}; one thread\n"
 
 
 def line(found: dict[str, Any]) -> str:
