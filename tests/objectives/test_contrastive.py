@@ -416,6 +416,7 @@ def test_chunks_hold_so_many_texts_and_tokens() -> None:
     assert chunk_cuts([50, 50], None, 10) == (1,), "a text that is longer than a chunk has one of its own"
 
 
+@pytest.mark.slow
 def test_a_metric_of_second_texts_is_not_watched_where_rows_have_one(tmp_path: Path) -> None:
     """Texts alone are learned from under dropout, and nothing is there to be found again; it is said before training."""
     rows = tmp_path / "texts.jsonl"

@@ -258,6 +258,7 @@ def test_every_method_has_a_row_of_memory_at_one_task_and_one_budget() -> None:
     assert all({"steps=60", 'data.path="builtin:sft"', "objective=sft", 'model.path="tiny"'} < set(s.words) for s in stages)
 
 
+@pytest.mark.slow
 def test_memory_is_compared_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods for two steps: AdamW keeps 8 bytes a trained number and 4 a tensor, MeZO holds the weights alone."""
     pytest.importorskip("matplotlib")

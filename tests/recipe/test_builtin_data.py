@@ -41,11 +41,11 @@ def builtin_values(mapping: dict[str, Any]) -> list[str]:
     return found + [f"{key}: a rule" for key, value in leaves(mapping) if "rule" in key and value not in (None, False)]
 
 
-LARGE = "survey_leaderboard"
-"""A pipeline of hundreds of stages, whose plan takes a minute."""
+LARGE = {"survey_leaderboard", "memory_leaderboard", "hybrid_leaderboard", "peft_leaderboard"}
+"""Pipelines of tens or hundreds of stages, whose plans take long."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == LARGE else n for n in all_recipes()])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in all_recipes()])
 def test_no_packaged_recipe_keeps_built_in_data_beside_a_path_of_ones_own(name: str) -> None:
     composition = compose(name, [OWN])
     if not composition.recipe.stages:

@@ -31,7 +31,7 @@ STACKS = {
 
 
 @pytest.mark.parametrize("name", STACKS)
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_stopping_at_any_step_changes_nothing(name: str, step: int, tmp_path: Path) -> None:
     recipe, *options = STACKS[name]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
