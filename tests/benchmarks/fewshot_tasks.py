@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.directions import verdict
-from tests.benchmarks.stamp import RESULTS, line, machine, stamp
+from tests.benchmarks.stamp import RESULTS, line, machine_line, stamp
 from tests.methods.memory.test_hypertuning_tasks import SHOTS, Row, compared
 from tests.trainings import train_recipe
 
@@ -103,7 +103,7 @@ def main() -> None:
         "| --- | --- | --- | --- |",
         *table,
         "",
-        machine(),
+        machine_line(),
         line(stamp("fewshot_tasks")),
     ]
     (given.results / "fewshot_tasks.md").write_text("\n".join(text), encoding="utf-8")

@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -49,10 +48,11 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE))
 
-from stamp import line, stamp  # noqa: E402
+from stamp import line, machine, machine_line, stamp  # noqa: E402
 from workload import ROWS, SHAPES, tokens_of, write_rows  # noqa: E402
 
 AGAINST = ("defaults", "defaults_bfloat16", "defaults_recompute", "best_float32", "best_bfloat16")
+PACKAGES = ("torch", "transformers", "trl", "peft")
 BATCH = {"sft": 8, "dpo": 4}
 STEPS = {"tiny": 6, "10m": 16, "60m": 8}
 LORA = {"r": 16, "alpha": 32}
@@ -346,16 +346,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, str]:
-    """Processor and versions."""
-    from importlib.metadata import version
-
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
-    return {"cpu": f"{model} x{os.cpu_count()}", "python": platform.python_version(), **packages}
-
-
 def main() -> None:
     """Parse arguments, run the cases, write the results."""
     parser = argparse.ArgumentParser(description="tokens per CPU-second, memory and start here and in TRL + PEFT")
@@ -384,11 +374,10 @@ def main() -> None:
 def write(results: list[dict[str, Any]], name: str) -> None:
     """JSON with every run, and the table."""
     RESULTS.mkdir(exist_ok=True)
-    report = {"harness": stamp("harness"), "machine": machine(), "results": results}
+    report = {"harness": stamp("harness"), "machine": machine(PACKAGES), "results": results}
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     (RESULTS / f"{name}.md").write_text(
-        f"{facts}; one thread\n\n{table(results)}\n\n{line(report['harness'])}", encoding="utf-8"
+        f"{machine_line(report['machine'])}\n{table(results)}\n\n{line(report['harness'])}", encoding="utf-8"
     )
 
 

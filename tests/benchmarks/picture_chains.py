@@ -26,7 +26,7 @@ from llmrecipe.evaluation.paired_differences import paired_interval
 from llmrecipe.recipe.compose import compose
 from llmrecipe.training.train import train
 from tests.benchmarks.pretext_leaderboard import finished, interval, table, tokenizer_words
-from tests.benchmarks.stamp import RESULTS, line, machine, stamp
+from tests.benchmarks.stamp import RESULTS, line, machine_line, stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
@@ -115,7 +115,7 @@ def main(words: list[str] | None = None) -> None:
     )
     count = len((emoji / "test.jsonl").read_text(encoding="utf-8").splitlines())
     lines += ["## clip", "", *recall_table(own, other, count), ""]
-    given.out.write_text("\n".join([*lines, machine(), line(stamp("picture_chains"))]), encoding="utf-8")
+    given.out.write_text("\n".join([*lines, machine_line(), line(stamp("picture_chains"))]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from llmrecipe.pipelines.run_stages import state_of
 from llmrecipe.pipelines.subprocesses import command_of
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import plan
-from tests.benchmarks.stamp import RESULTS, line, machine, stamp
+from tests.benchmarks.stamp import RESULTS, line, machine_line, stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "pretraining_leaderboard"
@@ -174,7 +174,7 @@ def main(words: list[str] | None = None) -> None:
     for name in given.sets:
         board = finished(RECIPE, [*sets[name], f"run.dir={given.runs / name}"])
         lines += [f"## {name}", "", *table(board, METRICS[name], "start.data.control"), ""]
-    given.out.write_text("\n".join([*lines, machine(), line(stamp("pretext_leaderboard"))]), encoding="utf-8")
+    given.out.write_text("\n".join([*lines, machine_line(), line(stamp("pretext_leaderboard"))]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def corpora(folder: Path, rounds: int, steps: int) -> list[dict[str, Any]]:
 
 def text_of(report: dict[str, Any]) -> str:
     """The result as Markdown."""
-    about = ", ".join(f"{k} {v}" for k, v in report["machine"].items() if k not in ("trl", "peft"))
+    about = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
     lines = [
         f"{about}; one thread; the processor is shared, so times are those of the CPU, not of the wall.",
         "",

@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 from llmrecipe.evaluation.evaluate_model import evaluate_path
 from llmrecipe.recipe.compose import compose
 from llmrecipe.training.train import train
-from tests.benchmarks.stamp import line, machine, stamp
+from tests.benchmarks.stamp import line, machine_line, stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -99,7 +99,7 @@ def report(found: dict[str, dict[str, Any]]) -> str:
             f"| {name} | {one['rows']} | {one['regression']:.4f} | {one['C']:g} | {', '.join(f'{s:.4f}' for s in scores)} | "
             f"{mean:.4f} | {error:.4f} | {apart:+.1f} |"
         )
-    return "\n".join([*lines, "", machine(), line(stamp("sentence_vectors")), ""])
+    return "\n".join([*lines, "", machine_line(), line(stamp("sentence_vectors")), ""])
 
 
 def main(words: list[str] | None = None) -> None:

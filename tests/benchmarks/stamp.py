@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,17 @@ def stamp(name: str) -> dict[str, Any]:
     return {"name": name, "version": declared()[name]["version"], "commit": commit()}
 
 
-def machine() -> str:
-    """Processor and versions, as a line that stands before the last one of a Markdown file."""
+def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, str]:
+    """Processor and versions."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = next((text.split(":")[1].strip() for text in info.splitlines() if text.startswith("model name")), "")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return f"cpu {model} x{os.cpu_count()}, python {platform.python_version()}, {packages}; one thread\n"
+    versions = {name: version(name) for name in packages}
+    return {"cpu": f"{model} x{os.cpu_count()}", "python": platform.python_version(), **versions}
+
+
+def machine_line(facts: Mapping[str, str] | None = None) -> str:
+    """The same as a line of a Markdown file."""
+    return ", ".join(f"{key} {value}" for key, value in (facts or machine()).items()) + "; one thread\n"
 
 
 def line(found: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from llmrecipe.core.registry import PACKAGE
 from llmrecipe.evaluation.evaluate_model import evaluate_path
-from tests.benchmarks.stamp import RESULTS, line, machine, stamp
+from tests.benchmarks.stamp import RESULTS, line, machine_line, stamp
 from tests.trainings import events, train_recipe
 
 DATA = PACKAGE / "assets" / "data"
@@ -180,7 +180,7 @@ def written(rows: dict[str, dict[str, Any]], folder: Path, seeds: int) -> None:
         *table,
         "",
         f"{LIMITS}\n",
-        machine(),
+        machine_line(),
         line(stamp("zeroth_order")),
     ]
     (folder / "zeroth_order.md").write_text("\n".join(text), encoding="utf-8")
