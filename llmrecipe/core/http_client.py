@@ -6,29 +6,22 @@ environment, the user and password of an address.
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
-import http.client
-import io
+import functools
 import json
 import os
 import random
-import socket
+import re
+import ssl
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.redact import HIDDEN, name_variable, redact_text, variable_of
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Status codes of a server that may succeed on a later attempt."""
@@ -42,85 +35,13 @@ LARGEST_REPLY = 64 << 20
 """Bytes of the largest reply that is read."""
 
 
-class _Reader(io.RawIOBase):
-    """Reads a socket until a deadline: a timeout of the socket alone would begin again with each byte."""
+class Reply(NamedTuple):
+    """What a server answered."""
 
-    def __init__(self, sock: socket.socket, deadline: float, timeout: float):
-        self.sock, self.deadline, self.timeout = sock, deadline, timeout
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        """Read into a buffer what has arrived."""
-        left = self.deadline - time.monotonic()
-        if left > 0:
-            self.sock.settimeout(left)
-            with contextlib.suppress(TimeoutError):
-                return self.sock.recv_into(buffer)
-        raise TimeoutError(f"no whole reply within {self.timeout:g} s")
-
-    def close(self) -> None:
-        """Close the socket."""
-        super().close()
-        self.sock.close()
-
-
-class _Socket:
-    """A socket whose reader has a deadline; the reader closes it."""
-
-    def __init__(self, sock: socket.socket, timeout: float):
-        self._sock, self._timeout, self._deadline = sock, timeout, time.monotonic() + timeout
-        self._read = False
-
-    def makefile(self, mode: str, *_: object) -> io.BufferedReader:
-        """Return the reader."""
-        self._read = True
-        return io.BufferedReader(_Reader(self._sock, self._deadline, self._timeout))
-
-    def close(self) -> None:
-        """Close the socket unless a reader has it."""
-        if not self._read:
-            self._sock.close()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._sock, name)
-
-
-class _Plain(http.client.HTTPConnection):
-    def connect(self) -> None:
-        super().connect()
-        self.sock: Any = _Socket(self.sock, float(self.timeout or LONGEST_WAIT))
-
-
-class _Secure(http.client.HTTPSConnection):
-    def connect(self) -> None:
-        super().connect()
-        self.sock: Any = _Socket(self.sock, float(self.timeout or LONGEST_WAIT))
-
-
-class _Handler(urllib.request.HTTPHandler):
-    """Opens addresses with connections whose replies have a deadline."""
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Plain, request)
-
-
-class _SecureHandler(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Secure, request)
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: the token is for the given address and for no other."""
-
-    def redirect_request(self, *_: object) -> None:
-        """Return None, which leaves the reply an HTTP error."""
-        return
-
-
-OPENER = urllib.request.build_opener(_StayHere, _Handler, _SecureHandler)
+    status: int
+    retry_after: str
+    body: bytes
+    """At most one byte more than `LARGEST_REPLY`."""
 
 
 class Refused(RunError):
@@ -155,9 +76,9 @@ def check_address(url: str, key: str | None, key_env: str | None, where: str) ->
         raise RecipeError(f"{where}.key: do not write a key into a recipe; {named}")
     if key is not None and key_env is not None:
         raise RecipeError(f"{where}.key_env: the key is given twice, by key and by key_env; keep one")
-    if "@" in urllib.parse.urlsplit(url).netloc:
+    if "@" in re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0]:
         raise RecipeError(f"{where}.url: do not write a user and password into an address; {named}")
-    if not url.startswith(("http://", "https://")):
+    if not _is_address(url):
         raise RecipeError(f"{where}.url: must be an address such as http://localhost:8000/v1; got {url!r}")
     variable = variable_of(key) or key_env
     name_variable(variable)
@@ -168,6 +89,15 @@ def check_address(url: str, key: str | None, key_env: str | None, where: str) ->
             f"{where}.{'key' if key else 'key_env'}: the environment variable {variable} holds {UNSENDABLE}; set it again "
             "without (a file with Windows line ends is the usual reason)"
         )
+
+
+def _is_address(url: str) -> bool:
+    """Return whether a text is an HTTP address with a host and, if any, a valid port."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _is_token(value: str) -> bool:
@@ -191,7 +121,7 @@ class Client:
     key_env: str | None = None
     """Environment variable with a bearer token."""
     timeout: float = 30.0
-    """Seconds to connect, and seconds for a whole reply."""
+    """Seconds for a whole request, from connecting to the last byte of the reply."""
     retries: int = 4
     """Number of retries after a failure."""
     wait: float = 0.5
@@ -221,17 +151,18 @@ class Client:
             self._wait_for_turn()
             try:
                 reply = self._send(content, path)
-                wrong = self.accept(reply) if self.accept is not None else None
-                if wrong is None:
-                    return reply
-                trouble, answered = wrong, True
-            except urllib.error.HTTPError as error:
-                trouble, answered = f"status {error.code}", False
-                if error.code not in BUSY:
-                    raise Refused(self.clean(f"{self.who} {self.url}: {trouble}: {_start(error)!r}"), error.code) from None
-                pause = retry_after(error.headers.get("Retry-After", ""), pause)
-            except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-                trouble, answered = str(getattr(error, "reason", "") or error) or type(error).__name__, False
+            except OSError as error:
+                trouble, answered = str(error), False
+            else:
+                answered = 200 <= reply.status < 300
+                wrong = self.accept(reply.body) if answered and self.accept is not None else None
+                if answered and wrong is None:
+                    return reply.body
+                trouble = wrong or f"status {reply.status}"
+                if not answered and reply.status not in BUSY:
+                    said = f"{self.who} {self.url}: {trouble}: {reply.body[:200]!r}"
+                    raise Refused(self.clean(said), reply.status)
+                pause = pause if answered else retry_after(reply.retry_after, pause)
             if attempt < self.retries:
                 time.sleep(pause)
         text = f"{self.who} {self.url}: no {self.what} after {self.retries + 1} attempts; the last: {trouble}"
@@ -246,20 +177,18 @@ class Client:
     def _key(self) -> str:
         return os.environ.get(self.key_env, "") if self.key_env is not None else ""
 
-    def _send(self, content: bytes, path: str) -> bytes:
-        headers = {"Content-Type": "application/json"}
+    def _send(self, content: bytes, path: str) -> Reply:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if key := self._key():
             if not _is_token(key):
                 raise RunError(f"{self.who}: the environment variable {self.key_env} holds {UNSENDABLE}; set it again")
             headers["Authorization"] = f"Bearer {key}"
         with self._lock:
             self.requests += 1
-        request = urllib.request.Request(self.url.rstrip("/") + path if path else self.url, content, headers)
-        with OPENER.open(request, timeout=self.timeout) as reply:
-            body: bytes = reply.read(LARGEST_REPLY + 1)
-        if len(body) > LARGEST_REPLY:
-            raise RunError(f"{self.who} {self.url}: the reply is larger than {LARGEST_REPLY >> 20} MB: {body[:80]!r}")
-        return body
+        reply = exchange(self.url.rstrip("/") + path if path else self.url, content, headers, self.timeout)
+        if len(reply.body) > LARGEST_REPLY:
+            raise RunError(f"{self.who} {self.url}: the reply is larger than {LARGEST_REPLY >> 20} MB: {reply.body[:80]!r}")
+        return reply
 
     def _wait_for_turn(self) -> None:
         """Wait until the rate allows one more request."""
@@ -285,9 +214,52 @@ def retry_after(value: str, otherwise: float) -> float:
     return min(max(seconds, 0.0), LONGEST_WAIT) if seconds == seconds else otherwise
 
 
-def _start(error: urllib.error.HTTPError) -> bytes:
-    """Return the first bytes of an error's body, as far as it can be read."""
+def exchange(url: str, content: bytes, headers: dict[str, str], timeout: float) -> Reply:
+    """Send one request and return the reply, within `timeout` seconds from the first byte sent to the last received.
+
+    A redirect is a reply like any other: the token is for the given address and for no other. The request runs on an event
+    loop in a thread of its own, because only there does a deadline end a reply that arrives a byte at a time, and because
+    the caller may be inside a running event loop, as in a notebook.
+
+    Raises:
+        OSError: no connection, no valid HTTP, or no whole reply in time.
+    """
+    import anyio
+    import anyio.from_thread
+    import httpx
+
+    async def send() -> Reply:
+        with anyio.fail_after(timeout):
+            async with (
+                httpx.AsyncClient(verify=_certificates(), timeout=None, follow_redirects=False) as client,
+                client.stream("POST", url, content=content, headers=headers) as reply,
+            ):
+                body = bytearray()
+                async for part in reply.aiter_raw():
+                    body += part
+                    if len(body) > LARGEST_REPLY:
+                        break
+                return Reply(reply.status_code, reply.headers.get("Retry-After", ""), bytes(body[: LARGEST_REPLY + 1]))
+
     try:
-        return error.read(200)
-    except (OSError, http.client.HTTPException):
-        return b""
+        with anyio.from_thread.start_blocking_portal() as portal:
+            return portal.call(send)
+    except TimeoutError:
+        raise OSError(f"no whole reply within {timeout:g} s") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise OSError(_reason(error)) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the message of the first cause, such as a refused connection, which says most."""
+    reason = str(error) or type(error).__name__
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause
+        reason = str(error) or reason
+    return reason
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Return the certificates that this machine trusts."""
+    return ssl.create_default_context()

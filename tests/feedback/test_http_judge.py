@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import errno
 import itertools
 import json
 import math
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmrecipe.core.errors import RunError
-from llmrecipe.core.http_client import Client, Refused, retry_after
+from llmrecipe.core.errors import RecipeError, RunError
+from llmrecipe.core.http_client import Client, Refused, check_address, retry_after
 from llmrecipe.feedback.judges.http import first_option
 from llmrecipe.feedback.judges.labeller import Ask, Forgetful, Judge, build_judge
 from tests.servers import server
@@ -321,3 +324,33 @@ def test_the_key_does_not_follow_a_redirect(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(Refused, match="status 302"):
             judge_at(url, key_env="JUDGE_KEY").generate([ask()])
         assert reached == []
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host/v1", "http://", "http://[::1", "http://host:port/", "http://host:99999/"]
+)
+def test_an_address_that_cannot_be_used_is_refused(url: str) -> None:
+    with pytest.raises(RecipeError, match=r"judge\.url: must be an address such as"):
+        check_address(url, None, None, "judge")
+
+
+@pytest.mark.parametrize("url", ["https://host", "http://[::1]:8000/v1", "http://host/v1?to=me@home"])
+def test_an_address_that_can_be_used_is_accepted(url: str) -> None:
+    check_address(url, None, None, "judge")
+
+
+def test_a_request_inside_a_running_event_loop() -> None:
+    """A cell of a notebook runs inside a loop already."""
+
+    async def cell() -> bytes:
+        return Client(url, "judge", "reply", retries=0).post({})
+
+    with server((200, b"{}")) as (url, _):
+        assert asyncio.run(cell()) == b"{}"
+
+
+def test_a_refused_connection_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(RunError, match=rf"no reply after 1 attempts; the last: .*Errno {errno.ECONNREFUSED}"):
+        Client(f"http://127.0.0.1:{port}/", "judge", "reply", retries=0).post({})
