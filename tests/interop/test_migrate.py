@@ -327,3 +327,80 @@ def test_each_command_of_trl_gives_a_recipe_that_composes(trainer: str, tmp_path
     assert type(compose(str(out), []).recipe.objective) is not None
     assert compose(out, []).recipe.objective["kind"] == trainer
     assert ("objective.reward is a stand-in" in out.read_text(encoding="utf-8")) == (trainer in ("grpo", "rloo"))
+
+
+DISTILLED = (
+    TORCHTUNE.replace("loss: ", "kd_ratio: 0.25\nloss: ")
+    + """
+teacher_model: {_component_: torchtune.models.llama3_2.llama3_2_3b}
+base_model_path: /models/large
+teacher_checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: "${base_model_path}"}
+kd_loss: {_component_: torchtune.modules.loss.ReverseKLWithChunkedOutputLoss, num_output_chunks: 8}
+"""
+)
+GROUPED = (
+    TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "dev.grpo.loss.GRPOSimpleLoss, kl_coeff: 0.01, epsilon: 0.2")
+    + """
+grpo_samples: 6
+ppo_epochs: 2
+num_steps: 20
+max_generated_tokens: 32
+temperature: 0.9
+"""
+)
+PROXIMAL = (
+    TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.PPOLoss, epsilon: 0.3, value_coeff: 0.2").replace(
+        "batch_size: 2\n", "batch_size: 16\nppo_batch_size: 4\n"
+    )
+    + """
+reward_checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: /models/judge}
+policy_model: {_component_: torchtune.models.llama2.llama2, num_layers: 22}
+ppo_epochs: 2
+num_steps: 100
+kl_coeff: 0.02
+gamma: 0.9
+lmbda: 0.8
+penalise_no_eos: true
+reward_penalty: -3
+min_response_length: 18
+"""
+)
+OWN_OBJECTIVES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    # 0.75 NLL + 0.25 D is 0.25 times D + 3 NLL.
+    "distill": (DISTILLED, {
+        "objective.teacher": "/models/large", "objective.divergence": "reverse_kl", "objective.nll_coef": 3.0,
+        "objective.mask": "all", "batch.size": 4,
+    }, {"optimizer_in_bwd"}),
+    # 20 rollouts of one optimizer step, twice.
+    "grpo": (GROUPED, {
+        "objective.answers": 6, "objective.epochs": 2, "steps": 40, "objective.max_new_tokens": 32,
+        "objective.temperature": 0.9, "objective.beta": 0.01, "objective.loss_type": "grpo", "objective.kl_correction": False,
+        "batch.size": 2,
+        "objective.reward": {"length": {"most": 40, "unit": "words"}},
+    }, {"optimizer_in_bwd"}),
+    # 100 answers are 6 whole rollouts of 16, each of 2 passes in 4 parts.
+    "ppo": (PROXIMAL, {
+        "objective.epochs": 2, "objective.minibatches": 4, "steps": 48, "objective.beta": 0.02, "objective.gamma": 0.9,
+        "objective.lam": 0.8, "objective.clip": 0.3, "objective.value_coef": 0.2, "objective.missing_end": -3.0,
+        "batch.size": 16,
+    }, {"optimizer_in_bwd", "reward_checkpointer", "min_response_length"}),
+}  # fmt: skip
+"""Objective -> a file of torchtune, settings worked out by hand, and the keys that have no counterpart."""
+
+
+@pytest.mark.parametrize("objective", OWN_OBJECTIVES)
+def test_objectives_of_torchtune_are_mapped_as_by_hand(objective: str, tmp_path: Path) -> None:
+    text, settings, left = OWN_OBJECTIVES[objective]
+    found = _migrated(tmp_path, text)
+    assert found.choices["objective"] == objective
+    assert {path: found.settings.get(path) for path in settings} == settings
+    assert {entry.key for entry in found.of("left")} - {"value_checkpointer"} == left and not found.of("unknown")
+    out = tmp_path / "new.yaml"
+    assert run_command(["migrate", str(tmp_path / "old.yaml"), "-o", str(out)]) == 0
+    assert compose(out, []).recipe.objective["kind"] == objective
+
+
+def test_a_teacher_without_a_folder_and_a_share_of_nothing_are_left(tmp_path: Path) -> None:
+    text = DISTILLED.replace(', checkpoint_dir: "${base_model_path}"', "").replace("kd_ratio: 0.25", "kd_ratio: 0.0")
+    left = {entry.key for entry in _migrated(tmp_path, text.replace("Reverse", "Symmetric")).of("left")}
+    assert {"teacher_checkpointer", "kd_ratio", "kd_loss._component_"} <= left

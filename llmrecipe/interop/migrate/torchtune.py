@@ -6,19 +6,18 @@ import re
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.counterparts import batch, known_targets, lora
+from llmrecipe.interop.migrate.counterparts import known_targets, lora
+from llmrecipe.interop.migrate.torchtune_objectives import (
+    SAMPLED,
+    choose_objective,
+    component,
+    enter_batch,
+    enter_objective,
+    place_at,
+)
 from llmrecipe.interop.migrate.trainer import LOADING, LOGS, MANY, rows_of
 from llmrecipe.interop.migrate.values import finite_number, flag, plain_mapping, text, whole_number, words
 
-LOSSES = {
-    "DPOLoss": "dpo",
-    "PPOLoss": "ppo",
-    "LinearCrossEntropyLoss": "sft",
-    "CEWithChunkedOutputLoss": "sft",
-    "CrossEntropyLoss": "sft",
-    "SFTLoss": "sft",
-}
-"""Last name of the loss component -> objective."""
 OPTIMIZERS = {
     "AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "PagedAdamW": "paged_adamw_32bit", "PagedAdamW8bit": "paged_adamw_8bit",
     "AdamW8bit": "adamw_8bit",
@@ -29,7 +28,6 @@ FORMATS = {"alpaca_dataset": "alpaca", "alpaca_cleaned_dataset": "alpaca", "text
 """Last name of the dataset component -> format."""
 SOURCES = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
 """Rows of a component that names none."""
-REFERENCE = re.compile(r"\$\{(\w+)\}")
 PART = re.compile(r"train\[:([1-9][0-9]?)%\]")
 """The first rows of a split, as a share."""
 SHARD = Only(MANY, (1, -1, False))
@@ -41,8 +39,6 @@ NO_TRAINING = {
 }
 """Key of a file of another command of torchtune -> the command that does that here."""
 RULES: dict[str, Rule] = {
-    "output_dir": To("run.root", text, note="each run is a folder of its own below it"),
-    "checkpointer.checkpoint_dir": To("model.path", text),
     "checkpointer": Same("the files of a model folder are found by themselves, whatever its family"),
     "model": Only("a part of the model's own definition: the model folder says it", (False, 0.0)),
     "tokenizer.max_seq_len": Same("see data.max_length"),
@@ -80,9 +76,7 @@ RULES: dict[str, Rule] = {
     "metric_logger": Same("see log.trackers"),
     "profiler": Only("there is no profiler; log.mfu measures the utilisation", (False, True, 1, 2, 3, 5)),
     "collate_fn": Only("batches follow from the objective", ()),
-    "kd_ratio": Only("distillation from a teacher: objective=distill or gkd (`llmrecipe show gkd`)", ()),
     "quantizer": Only("no training for quantized activations here; stack=[nf4,lora] trains above a quantized base", ()),
-    "reward_functions": Only("write the reward here: objective.reward={...} (`llmrecipe list reward`)", ()),
     "prompt": Only("generate from the finished run: llmrecipe chat RUN", ()),
     "tasks": Only("score a finished run: llmrecipe eval RUN", ()),
     "data_parallel_shard_dim": Only("set runtime.dp_shard", (-1, 1)), "tensor_parallel_dim": Only("set runtime.tp", (1,)),
@@ -95,11 +89,9 @@ RULES: dict[str, Rule] = {
     "apply_chat_template": Only("set tokenizer.chat_template (`llmrecipe list chat_template`)", (False,)),
     "use_distributed_state_dict": Same("checkpoints of several processes are one file here"),
     "use_flex": Same("the attention kernel follows from model.attention"),
-    **rows_of("teacher_model teacher_checkpointer kd_loss", Only("distillation: objective=distill or gkd, roles.teacher", ())),
     **rows_of("policy_model reward_and_value_model ref_policy_model value_model reward_model ref_checkpointer "
-              "value_checkpointer "
-              "reward_checkpointer ref_model_checkpointer ref_policy_checkpointer",
-              Only("other models of a run: roles and objective.reward (`llmrecipe docs tasks`)", ())),
+              "value_checkpointer reward_checkpointer ref_model_checkpointer ref_policy_checkpointer teacher_model "
+              "teacher_checkpointer", Only("other models of a run: roles and objective.reward (`llmrecipe docs tasks`)", ())),
     **rows_of("temperature top_k max_generated_tokens grpo_samples forward_batch_size ppo_epochs ppo_batch_size num_steps "
               "min_response_length penalise_no_eos reward_penalty whiten_rewards gamma lmbda kl_coeff "
               "stop_token_ids", SAMPLING),
@@ -123,13 +115,14 @@ def read_torchtune(account: Account, command: str | None) -> str:
             f"{account.source.where()}: this file of torchtune trains nothing: it has neither an optimizer nor a loss. What it "
             f"does is done here with a run or a model folder: {does}"
         )
-    _references(account)
-    objective = _objective(account)
+    _places(account)
+    objective = choose_objective(account, FORMATS.get(component(account, "dataset")) == "text")
     account.choices |= {"objective": objective, "stack": _stack(account, objective)}
     if not account.read("profiler.enabled", flag, False):
         account.same("profiler", "off")
-    batch(account, "batch_size", "gradient_accumulation_steps")
-    name = _component(account, "optimizer")
+    enter_batch(account, objective)
+    enter_objective(account, objective)
+    name = component(account, "optimizer")
     ours = OPTIMIZERS.get(name)
     if ours is None:
         account.leave("optimizer._component_", "adamw is chosen instead (`llmrecipe list optim`)")
@@ -154,28 +147,8 @@ def read_torchtune(account: Account, command: str | None) -> str:
     return objective
 
 
-def _component(account: Account, key: str) -> str:
-    return str(account.raw(f"{key}._component_") or "").rpartition(".")[2]
-
-
-def _objective(account: Account) -> str:
-    name = _component(account, "loss")
-    objective = LOSSES.get(name)
-    if account.raw("loss") is None:
-        return "sft"
-    if objective in (None, "ppo"):
-        account.leave(
-            "loss._component_", f"no loss of that meaning is set up here ({name}); sft is chosen (`llmrecipe list objective`)"
-        )
-        return "sft"
-    if objective == "sft" and FORMATS.get(_component(account, "dataset")) == "text":
-        objective = "clm"
-    account.explain("loss._component_", f"objective: {objective}; its mean is over all trained tokens of a step in both tools")
-    return objective
-
-
 def _stack(account: Account, objective: str) -> list[str]:
-    name = _component(account, "model")
+    name = component(account, "model")
     account.explain("model._component_", "the family and size follow from the model folder")
     if not name.startswith(("lora_", "qlora_")):
         return []
@@ -206,19 +179,19 @@ def _stack(account: Account, objective: str) -> list[str]:
     return [*stack, method]
 
 
-def _references(account: Account) -> None:
-    """Write out `${name}` in the keys that are carried, where it names a value of the file; in others it does not matter."""
-    for key, path in (("checkpointer.checkpoint_dir", "model.path"), ("output_dir", "run.root")):
-        given = str(account.raw(key) or "")
-        place = REFERENCE.sub(lambda found: str(account.raw(found[1]) or found[0]), given)
-        if "${" in place:
-            account.leave(key, f"it refers to another key: write the place itself, {path}")
-        elif place != given:
-            account.carry(key, path, place, "the key it refers to is written out")
+def _places(account: Account) -> None:
+    """Enter the folders, with the keys they refer to written out where the file has them."""
+    for key, path, note in (
+        ("checkpointer.checkpoint_dir", "model.path", ""),
+        ("output_dir", "run.root", "each run is a folder of its own below it"),
+    ):
+        found = place_at(account, key)
+        if found is not None:
+            account.carry(key, path, found[0], "; ".join(filter(None, (note, found[1]))))
 
 
 def _schedule(account: Account) -> None:
-    name = _component(account, "lr_scheduler")
+    name = component(account, "lr_scheduler")
     if not name:
         account.choices["schedule"] = "constant"
         account.assume("lr_scheduler", "schedule", "constant")
@@ -249,10 +222,11 @@ def _precision(account: Account) -> None:
 
 def _data(account: Account, objective: str) -> None:
     """Enter the rows; the prompt's wording is torchtune's own there."""
-    name = _component(account, "dataset")
+    name = component(account, "dataset")
     source = account.raw("dataset.source") or SOURCES.get(name)
     files = account.raw("dataset.data_files")
     kind = FORMATS.get(name, "auto")
+    kind = "auto" if objective in SAMPLED else kind
     if isinstance(files, str) and source in ("json", "csv", "parquet", "text", None):
         account.carry("dataset.data_files", "data.path", files)
         account.same("dataset.source", "the kind of file is seen from its name")
@@ -269,6 +243,8 @@ def _data(account: Account, objective: str) -> None:
         account.leave(
             "dataset._component_", "a data set of torchtune's own: set data.path, and look: llmrecipe data recipe=..."
         )
+    if objective in SAMPLED and account.raw("dataset.column") is not None:
+        account.carry("dataset.column", "data.columns", {"prompt": account.read("dataset.column", text)})
     if account.raw("dataset.column_map") is not None:
         names = {"input": "prompt", "output": "completion"} if kind == "prompt_completion" else {}
         found = {names.get(key, key): value for key, value in account.read("dataset.column_map", plain_mapping).items()}
@@ -280,7 +256,7 @@ def _data(account: Account, objective: str) -> None:
     _split(account)
     if (system := account.raw("dataset.new_system_prompt")) is not None:
         account.carry("dataset.new_system_prompt", "data.system", text(system))
-    if objective == "sft":
+    if objective in ("sft", "distill"):
         default = name.startswith("alpaca")
         on = account.read("dataset.train_on_input", flag, default)
         if account.raw("dataset.train_on_input") is None:
