@@ -27,7 +27,7 @@ from llmrecipe.data.transfer import to_device
 from llmrecipe.engine.logprob import Comparison, Post, compared, token_logprobs, upcast
 from llmrecipe.engine.masks import causal_mask
 from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
-from llmrecipe.engine.recomputation import recomputing
+from llmrecipe.engine.recomputation import forget_blocks, recomputing
 from llmrecipe.engine.row_reading import RowReading, measure_reading, obeys
 from llmrecipe.engine.vector_decoder import decoding, encoder_rows, mount_decoder
 from llmrecipe.models.hooks.hook import all_hooks
@@ -425,6 +425,7 @@ class Engine(nn.Module):
     def train(self, mode: bool = True) -> Engine:
         """Set training mode; batch normalization keeps to its running statistics, so that no row depends on its neighbours."""
         super().train(mode)
+        forget_blocks(self.model)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

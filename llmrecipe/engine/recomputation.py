@@ -12,6 +12,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 T = TypeVar("T")
+BLOCKS = "checkpointing_blocks"
+"""Attribute of a model: its blocks that can recompute, as last found."""
 
 
 @contextlib.contextmanager
@@ -34,9 +36,17 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             block._gradient_checkpointing_func = function
 
 
+def forget_blocks(model: nn.Module) -> None:
+    """Have the next pass look for the blocks of a model again: its modules may be others."""
+    model.__dict__.pop(BLOCKS, None)
+
+
 def _checkpointed(model: nn.Module) -> list[Any]:
-    found = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
-    return [block for block in found if block.gradient_checkpointing and not block.training]
+    blocks = model.__dict__.get(BLOCKS)
+    if blocks is None:
+        # A walk over all modules takes longer than a small pass should notice, and they are the same at every step.
+        blocks = model.__dict__[BLOCKS] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return [block for block in blocks if block.gradient_checkpointing and not block.training]
 
 
 def _in_eval_mode(block: nn.Module, checkpoint: Callable[..., T], compute: Callable[..., T], *args: object) -> T:
