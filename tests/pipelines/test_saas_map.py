@@ -13,13 +13,12 @@ from llmrecipe.cli import app
 from llmrecipe.core.errors import Interrupted, RunError
 from llmrecipe.core.lazy import is_installed
 from llmrecipe.pipelines.search import samplers
-from llmrecipe.pipelines.search.costs import hypervolume
 from llmrecipe.pipelines.search.samplers import new_study, sample_trial
 from llmrecipe.pipelines.search.space import distributions, drawn_of, point_of
 from llmrecipe.pipelines.search.study import Search
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import SearchSection
-from tests.methods.hybrid.test_autopeft import sampled
+from tests.methods.hybrid.test_autopeft import area, sampled
 from tests.pipelines.test_search import Lab, lab, searched
 
 __all__ = ["lab"]
@@ -148,7 +147,6 @@ def test_the_planted_front_of_autopeft_is_found_and_chance_is_beaten(record_prop
     """24 trials, three seeds; area under the front of the planted score over numbers."""
     areas: dict[str, list[float]] = {"saas_map": [], "random": []}
     for sampler, seed in ((s, i) for s in areas for i in range(3)):
-        found = sampled(sampler, seed, 24)
-        areas[sampler].append(hypervolume([(-score, spent / 200_000) for score, spent in found], (-0.2, 1.0)) / 0.65)
+        areas[sampler].append(area(sampled(sampler, seed, 24)))
     record_property("areas", areas)
     assert sum(areas["saas_map"]) > 1.1 * sum(areas["random"])

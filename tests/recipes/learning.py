@@ -336,6 +336,9 @@ LEARNING: dict[str, Learns | ShownBy] = {
     "s4": labelled(0.85),
     "autopeft": labelled(0.8),
     "noah": Learns("eval/accuracy", 0.85, 0.45, shuffled_pictures("label")),
+    # found
+    "autopeft_found": labelled(0.85),
+    "noah_found": Learns("eval/accuracy", 0.85, 0.45, shuffled_pictures("label")),
     # memory
     "qlora": exact(0.95),
     "lora_fa": exact(0.95),
