@@ -56,8 +56,8 @@ DOCUMENTS = corpus(300)
 
 
 def test_positives_follow_and_negatives_come_from_elsewhere() -> None:
-    pairs = made(DOCUMENTS, epochs=6)
-    assert len(pairs) > 4000
+    pairs = made(DOCUMENTS, epochs=14)
+    assert len(pairs) > 10_000
     for number, pair in pairs:
         first, second = ids(pair.first), ids(pair.second)
         assert first and second and len(first) + len(second) <= 61

@@ -13,6 +13,22 @@ ROUNDS = 20
 """Steps of expectation maximisation for the weights."""
 
 
+def counted(documents: Sequence[Document]) -> list[dict[Document, dict[int, int]]]:
+    """How often each token follows each history, by the length of the history: none, one token and two."""
+    found: list[dict[Document, dict[int, int]]] = [defaultdict(lambda: defaultdict(int)) for _ in range(ORDER)]
+    for document in documents:
+        for i in range(1, len(document)):
+            for n in range(min(ORDER, i + 1)):
+                found[n][tuple(document[i - n : i])][document[i]] += 1
+    return found
+
+
+def own_bits(documents: Sequence[Document], order: int) -> float:
+    """The entropy of documents by their own counts, in bits: the least that any n-gram model of an order up to 3 can give."""
+    seen = [counts.values() for counts in counted(documents)[order - 1].values()]
+    return -sum(count * math.log2(count / sum(counts)) for counts in seen for count in counts)
+
+
 class Trigram:
     """p(t | u, v) = w0 / V + w1 c(t) / n + w2 c(v t) / c(v) + w3 c(u v t) / c(u v).
 
@@ -46,11 +62,7 @@ class Trigram:
         return total
 
     def _count(self, documents: Sequence[Document]) -> None:
-        self.counts: list[dict[tuple[int, ...], dict[int, int]]] = [defaultdict(lambda: defaultdict(int)) for _ in range(ORDER)]
-        for document in documents:
-            for i in range(1, len(document)):
-                for n in range(min(ORDER, i + 1)):
-                    self.counts[n][tuple(document[i - n : i])][document[i]] += 1
+        self.counts = counted(documents)
         self.totals = [{history: sum(seen.values()) for history, seen in counts.items()} for counts in self.counts]
 
     def _terms(self, document: Document) -> Iterator[list[float]]:

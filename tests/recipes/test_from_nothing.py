@@ -1,4 +1,4 @@
-"""A language model from nothing on real text: fewer held-out bits per byte than a trigram, and fewer the more it reads."""
+"""A language model from nothing on real text: fewer held-out bits per byte than n-grams, and fewer the more it reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.ngrams import Trigram
+from tests.recipes.ngrams import Trigram, own_bits
 from tests.support import shared
 from tests.trainings import events, train_recipe
 
@@ -47,6 +47,13 @@ def test_an_untrained_trigram_is_uniform() -> None:
     assert model.bits([[START, 1, 2, END]]) == pytest.approx(3 * 2.0)
 
 
+def test_entropies_by_hand() -> None:
+    # Tokens 1 1 2 and the end of each of two documents: shares 1/2, 1/4, 1/4. After a start comes 1, after 1 come 1 and 2.
+    documents = [[START, 1, 1, 2, END]] * 2
+    assert own_bits(documents, 1) == pytest.approx(8 * 1.5) and own_bits(documents, 2) == pytest.approx(4 * 1.0)
+    assert own_bits(documents, 3) == pytest.approx(0.0)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], float]:
     """Held-out bits per byte of a run, by seed and multiple of the tokens."""
@@ -62,12 +69,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], f
     return run
 
 
+def test_the_first_loss_on_real_text_is_the_logarithm_of_the_vocabulary(tmp_path: Path) -> None:
+    run = train_recipe(tmp_path, "clm", *WORDS, f"data.path={shared('data', 'text_shakespeare')}", "steps=1", "eval.batches=1")
+    assert events(tmp_path)[0]["loss"] == pytest.approx(math.log(len(run.tokenizer)), rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_twice_the_tokens_are_better_than_once_and_than_a_trigram(seed: int, measured: Callable[[int, int], float]) -> None:
     held_out = as_bytes("valid")
     trigram = Trigram(as_bytes("train"), END).bits(held_out) / sum(len(d) - 2 for d in held_out)
-    assert measured(seed, 2) < trigram
+    # By the held-out texts' own counts, so that no unigram and no bigram model needs fewer bits.
+    alone, one_before = (own_bits(held_out, order) / sum(len(d) - 2 for d in held_out) for order in (1, 2))
+    assert measured(seed, 2) < trigram < one_before < alone
     assert measured(seed, 2) < measured(seed, 1)
 
 
