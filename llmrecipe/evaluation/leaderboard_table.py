@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmrecipe.core.console import number
@@ -159,6 +159,9 @@ def chosen_values(entries: Sequence[LeaderboardEntry], best: Direction) -> list[
 
     Values are compared by the mean of `by` over the seeds that all of them have, so that none wins by the seeds it was given;
     while they have none in common, by the mean over their own. Test scores are not looked at.
+
+    The fact `tuned/edge` of an entry is 1 where its value is the largest of several that were tried, -1 where it is the
+    smallest, and 0 between them: beyond an edge lies what was not tried.
     """
     sign = -1.0 if best == "max" else 1.0
     found: dict[str, dict[float, dict[int, float]]] = {}
@@ -169,7 +172,12 @@ def chosen_values(entries: Sequence[LeaderboardEntry], best: Direction) -> list[
         common = set.intersection(*(set(seeds) for seeds in values.values()))
         means = {v: statistics.fmean(by for s, by in seeds.items() if s in common or not common) for v, seeds in values.items()}
         winners[label] = min(means, key=lambda value: _place(sign * means[value]))
-    return [entry for entry in entries if entry.facts["tuned"] == winners[entry.label]]
+    chosen = [entry for entry in entries if entry.facts["tuned"] == winners[entry.label]]
+    return [replace(e, facts={**e.facts, "tuned/edge": _edge(e.facts["tuned"], list(found[e.label]))}) for e in chosen]
+
+
+def _edge(value: float, tried: Sequence[float]) -> float:
+    return float((value == max(tried)) - (value == min(tried)))
 
 
 def cost_facts(record: Record) -> dict[str, float]:
@@ -285,6 +293,8 @@ def _cell(row: LeaderboardRow, column: Column) -> str:
     mean, sd = _rounded(row.mean[column.key] * column.scale), row.spread.get(column.key)
     if column.spread and sd is not None:
         return spread_text(mean, sd * column.scale)
+    if edge := row.mean.get(f"{column.key}/edge"):
+        return f"{number(mean)} ({'largest' if edge > 0 else 'smallest'} tried)"
     ends = [row.mean[key] * column.scale for key in (f"{column.key}/{end}" for end in ENDS) if key in row.mean]
     return f"{number(mean)} [{', '.join(map(number, ends))}]" if ends else number(mean)
 

@@ -286,6 +286,16 @@ def test_rates_with_other_seeds_are_compared_by_those_they_share() -> None:
     assert [e.facts["tuned"] for e in chosen_values(apart, "min")] == [0.2]
 
 
+def test_a_value_at_the_edge_of_those_tried_is_marked() -> None:
+    """Best at 0.3 of three, at 0.1 of three, between them, and the only one."""
+    losses = {"a": (3.0, 2.0, 1.0), "b": (1.0, 2.0, 3.0), "c": (2.0, 1.0, 3.0)}
+    entries = [tried(n, rate, 0, by=by) for n, row in losses.items() for rate, by in zip((0.1, 0.2, 0.3), row, strict=True)]
+    rows = {r.label: r for r in rank(chosen_values([*entries, tried("d", 0.1, 0, by=1.0)], "min"))}
+    column = Column("tuned", "optim.lr")
+    shown = {name: cells([row], [column])[1][3] for name, row in rows.items()}
+    assert shown == {"a": "0.3 (largest tried)", "b": "0.1 (smallest tried)", "c": "0.2", "d": "0.1"}
+
+
 def test_runs_of_a_row_may_differ_in_the_key_that_is_tuned(tmp_path: Path) -> None:
     recipes = [{**LORA, "optim": {"lr": rate}} for rate in (0.1, 0.2)]
     paths = [finished(tmp_path / str(i), recipe, 0.5) for i, recipe in enumerate(recipes)]

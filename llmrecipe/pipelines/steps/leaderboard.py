@@ -233,7 +233,8 @@ class Leaderboard(Step):
         if self.against is not None:
             shown = [c for c in REQUESTED if self.pairs or c.key not in ("margin", "preferred")]
             return [*shown[:1], *apart, *shown[1:], *more, *(c for c in PLAIN if c.key in ("memory", "seconds"))]
-        value = [Column("tuned", self.tuned, means=f"the value that is best in {self.by}")] if self.tuned else []
+        chosen = f"the value that is best in {self.by}; beyond the largest and smallest tried a better one may lie"
+        value = [Column("tuned", self.tuned, means=chosen)] if self.tuned else []
         return [Column("score", self.metric, spread=True), *apart, *more, *value, *PLAIN]
 
     def _requested(self, work: Work, entries: list[LeaderboardEntry]) -> list[LeaderboardEntry]:
