@@ -11,8 +11,7 @@ from tests.benchmarks import stamp
 from tests.benchmarks.stamp import RESULTS, declared, judge, line, read, source_hash, writer_of
 
 ELSEWHERE = (
-    "parity", "alignment_leaderboard", "peft_leaderboard", "forgetting_leaderboard", "hybrid_leaderboard", "nsp_qa",
-    "real-models",
+    "parity", "alignment_leaderboard", "peft_leaderboard", "forgetting_leaderboard", "nsp_qa", "real-models",
 )  # fmt: skip
 """Results that no script of this folder writes: `make parity`, recipes, and runs of the command line."""
 
