@@ -14,8 +14,8 @@ after every cell. What is measured:
                tensors; seconds from the process's start to the end of step 1
     profile    which kernels take the time of one step
 
-Rows are full (every one as long as the longest) or of real lengths (log-normal). For sampled answers tokens are those of
-prompts and of answers at full length, and no share of the peak is given.
+Rows are full (every one as long as the longest), long (eight times as long, one a step) or of real lengths (log-normal). For
+sampled answers tokens are those of prompts and of answers at full length, and no share of the peak is given.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from tests.benchmarks.gpu_work import Cell, write_json  # noqa: E402
 from tests.benchmarks.stamp import RESULTS, line, stamp  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "flash-attn", "llmrecipe")
+FORMS = ("true", "selective", "offload")
+"""Of gradient checkpointing."""
 LEAST = 20.0
 """Seconds that must be left for another cell to start."""
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -71,7 +73,14 @@ def cells(dry: bool = False) -> list[Cell]:
     ):  # fmt: skip
         found += _sides(task, method, shape, lengths)
     found += [Cell("product", "grpo", "lora", middle, "prompts", "profile")]
+    found += [_form("tiny", "real", form, "equal", "float32") for form in FORMS]
+    found += [_form(big, "full", form) for form in FORMS]
+    found += [_form(big, "long", form) for form in ("true", "offload")]
     return list(dict.fromkeys(found))
+
+
+def _form(shape: str, lengths: str, form: str, kind: str = "speed", dtype: str = "bfloat16") -> Cell:
+    return Cell("product", "sft", "lora", shape, lengths, kind, dtype, f"model.gradient_checkpointing={form}")
 
 
 def _sides(task: str, method: str, shape: str, lengths: str) -> list[Cell]:
@@ -208,22 +217,30 @@ def page(found: dict[str, Any], results: list[dict[str, Any]]) -> str:
     lines += ["| task | method | model | rows | side | tokens/s | of the peak | step s | peak MB | first step s |"]
     lines += ["|" + " --- |" * 10]
     for r in (r for r in done if r["cell"]["kind"] == "speed"):
-        c, more = r["cell"], r["settings"].get("with", [])
-        cells_ = [c["task"], c["method"], c["shape"], c["lengths"], c["side"] + (f" ({', '.join(more)})" if more else "")]
+        c = r["cell"]
+        cells_ = [c["task"], c["method"], c["shape"], c["lengths"], side(r)]
         cells_ += [f"{r['tokens_per_s']:.0f}", share(r.get("mfu")), f"{r['step_s']:.3f}", f"{r['peak_mb']:.0f}"]
         lines.append("| " + " | ".join([*cells_, f"{r['first_step_s']:.1f}"]) + " |")
-    lines += ["", "## Losses on the CPU and on the device", "", "| task | method | dtype | largest difference | tolerance | |"]
-    lines += ["|" + " --- |" * 6]
+    lines += ["", "## Losses on the CPU and on the device", ""]
+    lines += ["| task | method | dtype | with | largest difference | tolerance | |", "|" + " --- |" * 7]
     for r in (r for r in done if r["cell"]["kind"] == "equal"):
         c, verdict = r["cell"], "equal" if r["equal"] else "**not equal**"
         lines.append(
-            f"| {c['task']} | {c['method']} | {c['dtype']} | {r['difference']:.1e} | {r['tolerance']:.0e} | {verdict} |"
+            f"| {c['task']} | {c['method']} | {c['dtype']} | {c.get('words', '')} | {r['difference']:.1e} | "
+            f"{r['tolerance']:.0e} | {verdict} |"
         )
     for r in (r for r in done if r["cell"]["kind"] == "profile"):
         lines += ["", f"## Where a step goes: {Cell(**r['cell']).name}", "", *profile_lines(r["kernels"])]
     left = [f"- {Cell(**r['cell']).name}: {r['status']}: {said(r)}" for r in results if r["status"] != "ok"]
     lines += ["", "## Not measured", "", *(left or ["Nothing."]), ""]
     return "\n".join(lines) + "\n" + line(found["harness"])
+
+
+def side(result: dict[str, Any]) -> str:
+    """A side, and what it was run with."""
+    words = result["cell"].get("words", "")
+    more = [*result["settings"].get("with", []), *([words] if words else [])]
+    return result["cell"]["side"] + (f" ({', '.join(more)})" if more else "")
 
 
 def profile_lines(kernels: list[dict[str, Any]], most: int = 15) -> list[str]:

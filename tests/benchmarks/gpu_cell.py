@@ -22,6 +22,7 @@ from tests.benchmarks.gpu_work import (
     Meter,
     Size,
     build_model,
+    longest,
     rows_per_step,
     write_cell_rows,
     write_json,
@@ -52,7 +53,7 @@ def words_of(cell: Cell, size: Size, model: Path, data: Path, out: Path, device:
         f"model.path={model}",
         f"model.dtype={cell.dtype}",
         f"data.path={data}",
-        f"data.max_length={size.longest}",
+        f"data.max_length={longest(cell, size)}",
         "data.cache=false",
         f"batch.size={rows_per_step(cell, size)}",
         f"steps={size.steps}",
@@ -66,6 +67,7 @@ def words_of(cell: Cell, size: Size, model: Path, data: Path, out: Path, device:
         f"run.dir={out / f'run-{device}'}",
         f"runtime.device={device}",
     ]
+    words += cell.words.split()
     if cell.method != "full":
         words += [f"stack.lora.r={LORA['r']}", f"stack.lora.alpha={LORA['alpha']}", f'stack.lora.target="{TARGET}"']
     if cell.task == "grpo":

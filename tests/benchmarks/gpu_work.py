@@ -17,6 +17,8 @@ from tests.benchmarks.workload import Words, build_tokenizer, write_rows
 
 SEED = 0
 LORA = {"r": 16, "alpha": 32}
+LONG = 8
+"""Tokens of a long row in those of a full one."""
 WARM = 2
 """Steps that no rate counts."""
 
@@ -64,15 +66,17 @@ class Cell:
     """lora, qlora or full."""
     shape: str
     lengths: str = "full"
-    """full (every row the longest), real (log-normal), prompts."""
+    """full (every row the longest), real (log-normal), long (a row a step, `LONG` times the longest), prompts."""
     kind: str = "speed"
     """speed, profile, or equal (losses on the CPU and on the device)."""
     dtype: str = "bfloat16"
+    words: str = ""
+    """Further words of the recipe, of the product alone."""
 
     @property
     def name(self) -> str:
         """Words that say which."""
-        return " ".join(str(v) for v in asdict(self).values())
+        return " ".join(str(v) for v in asdict(self).values()).strip()
 
 
 # --- models and rows --------------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def rows_of(cell: Cell, size: Size) -> list[dict[str, str]]:
             found.append({**row, "completion": " " + draw.text(topic, answer)})
             continue
         other = answer if cell.lengths == "full" else max(2, round(answer * draw.random.uniform(0.6, 1.4)))
-        other = min(other, size.longest - 1 - prompt)
+        other = min(other, longest(cell, size) - 1 - prompt)
         found.append({**row, "chosen": " " + draw.text(topic, answer), "rejected": " " + draw.text(topic, other)})
     return found
 
@@ -122,6 +126,8 @@ def rows_per_step(cell: Cell, size: Size) -> int:
     """Rows (or pairs, or prompts) in an optimizer step; a pair counts as two rows."""
     if cell.task == "grpo":
         return size.prompts
+    if cell.lengths == "long":
+        return 1
     rows = size.full_rows if cell.lengths == "full" else size.real_rows
     return max(1, rows // 2) if cell.task == "dpo" else rows
 
@@ -129,17 +135,23 @@ def rows_per_step(cell: Cell, size: Size) -> int:
 def rows_at_once(cell: Cell, size: Size) -> int:
     """Rows (or pairs, or answers) that a peer puts through the model at once: a divisor of those of a step."""
     rows = rows_per_step(cell, size) * (size.answers if cell.task == "grpo" else 1)
-    length = {"full": size.longest, "real": size.longest // 2, "prompts": size.prompt + size.new}[cell.lengths]
+    length = {"real": size.longest // 2, "prompts": size.prompt + size.new}.get(cell.lengths, longest(cell, size))
     most = max(1, size.micro // (length * (2 if cell.task == "dpo" else 1)))
     return next(n for n in range(min(most, rows), 0, -1) if rows % n == 0)
 
 
+def longest(cell: Cell, size: Size) -> int:
+    """The most tokens of a row."""
+    return size.longest * (LONG if cell.lengths == "long" else 1)
+
+
 def _lengths(cell: Cell, size: Size, draw: Words) -> tuple[int, int]:
     """(prompt, answer) tokens; the end token comes on top."""
-    if cell.lengths == "full":
+    if cell.lengths in ("full", "long"):
         # Pairs share a prompt as they do in real rows; other rows are all answer.
-        prompt = size.longest // 2 if cell.task == "dpo" else 1
-        return prompt, size.longest - prompt - 1
+        most = longest(cell, size)
+        prompt = most // 2 if cell.task == "dpo" else 1
+        return prompt, most - prompt - 1
     length = int(np.clip(round(float(np.exp(draw.random.normal(np.log(size.median), 0.9)))), 8, size.longest // 2))
     return draw.split(length - 1)
 

@@ -116,8 +116,17 @@ def test_cells_cover_what_people_train_and_the_most_valuable_come_first() -> Non
     speed = {(c.task, c.method) for c in found if c.kind == "speed" and c.side == "product"}
     assert speed == {(t, m) for t in ("sft", "dpo", "grpo") for m in ("lora", "qlora", "full")}
     assert {c.shape for c in found if c.kind == "speed"} == {n for n in SHAPES if not n.startswith("tiny")}
-    assert {c.lengths for c in found} == {"full", "real", "prompts"} and {c.side for c in found} == set(NEEDS)
+    assert {c.lengths for c in found} == {"full", "real", "long", "prompts"} and {c.side for c in found} == set(NEEDS)
     assert len(set(found)) == len(found)
+
+
+def test_each_form_of_recomputation_is_compared_and_timed() -> None:
+    for kind, lengths in (("equal", "real"), ("speed", "full")):
+        found = {c.words for c in gpu.cells() if c.words and (c.kind, c.lengths) == (kind, lengths)}
+        assert found == {f"model.gradient_checkpointing={form}" for form in ("true", "selective", "offload")}
+    cell, size = Cell("product", "sft", "lora", "llama-3.1-8b", "long"), SIZES["whole"]
+    assert sequence_lengths(cell, rows_of(cell, size), size) == [32768] * size.steps
+    assert gpu.side({"cell": {"side": "product", "words": "a=b"}, "settings": {}}) == "product (a=b)"
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
@@ -137,6 +146,7 @@ CORE = (
     Cell("product", "sft", "lora", "tiny", "real"),
     Cell("transformers", "sft", "lora", "tiny", "real"),
     Cell("product", "grpo", "lora", "tiny", "prompts", "profile"),
+    Cell("product", "sft", "lora", "tiny", "long", words="model.gradient_checkpointing=selective"),
 )
 
 
@@ -157,17 +167,19 @@ def test_a_dry_run_measures_writes_after_each_cell_and_outlives_a_failure(
     monkeypatch.setattr(gpu, "write", written)
     wrong = Cell("product", "sft", "lora", "no-such-shape")
     bench(tmp_path).run([wrong, *CORE])
-    assert seen[:5] == [["failed", *["ok"] * n] for n in range(5)]
+    assert seen[:6] == [["failed", *["ok"] * n] for n in range(6)]
     report = json.loads((tmp_path / "gpu-x.json").read_text())
     assert report["harness"]["version"] == declared()["gpu"]["version"] and "torch" in report
-    failed, equal, ours, theirs, profile = report["results"]
+    failed, equal, ours, theirs, profile, long = report["results"]
     assert "no-such-shape" in failed["error"]
     assert equal["equal"] and equal["difference"] == 0.0 and equal["cpu"][0] == pytest.approx(math.log(2))
     # Both sides read the very same tokens, and begin at the same loss: nothing learned yet, every word alike.
     assert ours["tokens"] == theirs["tokens"] and ours["mfu"] is None
     assert all(r["losses"][0] == pytest.approx(math.log(8192), abs=0.1) for r in (ours, theirs))
     assert sum(k["share"] for k in profile["kernels"]) == pytest.approx(1.0) and "tflops_per_s" not in profile
+    assert long["tokens"] == 3 * 8 * SIZES["dry"].longest
     page = (tmp_path / "gpu-x.md").read_text()
+    assert "| sft | lora | tiny | long | product (model.gradient_checkpointing=selective) |" in page
     assert "| sft | lora | tiny | real | transformers |" in page and "- product sft lora no-such-shape" in page
     assert read(tmp_path / "gpu-x.md") == report["harness"]
 
