@@ -36,6 +36,7 @@ from llmrecipe.runs.open_model import LoadedModel, open_model, resolve_section
 from llmrecipe.runtime.processes import Runtime, pick_device
 from llmrecipe.training.evaluate import Evaluation, evaluate, rows_read
 from llmrecipe.training.read_rows import feature_reader
+from llmrecipe.training.run_profile import finished_profile
 
 
 @dataclass
@@ -76,7 +77,7 @@ def subject_of(composition: Composition, loaded: LoadedModel) -> Subject:
     parts = instantiate(recipe)
     parts.objective.read_folder(recipe.model)
     runtime = Runtime.start(recipe.runtime)
-    use(profile_for(recipe, runtime.device))
+    use(profile_for(recipe, runtime.device, finished_profile(recipe.model.path)))
     loaded.model.to(runtime.device)
     stack = Stack([])
     engine = Engine(loaded.model).eval()

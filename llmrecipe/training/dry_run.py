@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrecipe.core.device_profile import kept_profiles, use
+from llmrecipe.core.device_profile import Profile, kept_profiles, use
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.validation import warnings as data_warnings
@@ -36,6 +36,7 @@ from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_m
 from llmrecipe.training.model_flops import matmul_rate
 from llmrecipe.training.predicted_pass import StackChoices, follow_pass
 from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data
+from llmrecipe.training.run_profile import stored_profile
 from llmrecipe.training.shard_estimate import resting, saving, shard_table
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def predict_memory(run: Path) -> Estimate:
     Raises:
         UserError: its data, its base or its recipe are no longer there.
     """
-    return examine(compose(run / "recipe.yaml"), _choices(run / "final")).memory
+    return examine(compose(run / "recipe.yaml"), _choices(run / "final"), known=stored_profile(run)).memory
 
 
 def _choices(folder: Path) -> StackChoices | None:
@@ -157,14 +158,17 @@ class _Built:
 
 
 @kept_profiles()
-def examine(composition: Composition, made: StackChoices | None = None, follow: bool = True) -> Findings:
+def examine(
+    composition: Composition, made: StackChoices | None = None, follow: bool = True, known: Profile | None = None
+) -> Findings:
     """Build a composed recipe on the meta device; see `check`.
 
     Args:
         made: what a run of this recipe has chosen from data or weights.
         follow: also find out what a pass keeps, operation by operation.
+        known: what a run of this recipe has decided on its device.
     """
-    built = _build(composition, made)
+    built = _build(composition, made, known)
     settings, stack, model = built.settings, built.stack, built.model
     steps = build_run.step_count(settings, len(built.data), built.parts.objective.updates())
     built.parts.schedule.check(steps)
@@ -190,7 +194,7 @@ def examine(composition: Composition, made: StackChoices | None = None, follow: 
     )  # fmt: skip
 
 
-def _build(composition: Composition, made: StackChoices | None) -> _Built:
+def _build(composition: Composition, made: StackChoices | None, known: Profile | None) -> _Built:
     """Read the rows and build the model without weights, with every check that comes before weights."""
     settings = composition.recipe
     parts = instantiate(settings)
@@ -201,7 +205,7 @@ def _build(composition: Composition, made: StackChoices | None) -> _Built:
     direction(settings.eval, parts.objective)
     build_run.check_cuts(parts.optimizer, parts.wrappers)
     device = pick_device(settings.runtime.device)
-    use(profile_for(settings, device))
+    use(profile_for(settings, device, known))
     check_family(settings, parts.objective)
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
     stack = build_run.stack_for(parts.objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
@@ -247,6 +251,12 @@ def _notes(built: _Built, memory: Estimate, unread: list[str]) -> list[str]:
         for w in built.later
     ]
     notes += unread
+    if settings.model.gradient_checkpointing == "offload" and built.device == "cpu":
+        notes.append(
+            "model.gradient_checkpointing=offload moves nothing on a CPU, whose memory is the machine's: it is as true"
+        )
+    if memory.host:
+        notes.append(f"inputs of blocks wait in the memory of the machine: {memory.host / 2**20:.0f} MB")
     if memory.unpredicted:
         rough = (memory.activations + memory.logits) / 2**20
         notes.append(f"memory of the pass is unknown, {memory.unpredicted}; by rough formulas it keeps about {rough:.0f} MB")

@@ -1,4 +1,5 @@
-"""The device profile of a run: decided before its model is loaded, kept in its `report.json`, used again by a resume."""
+"""The device profile of a run: decided before its model is loaded, kept in its `report.json`, used again
+by a resume, an evaluation and a prediction of what it holds."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmrecipe.core.console import say_progress
 from llmrecipe.core.device_profile import Profile, profile_from, profile_of
 from llmrecipe.core.foreign import read_json, reading
+from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.packed_attention import routes_of
 from llmrecipe.recipe.profile_keys import profile_for, profile_line
 from llmrecipe.training.measured_memory import vocabulary_of
@@ -52,6 +54,18 @@ def stored_profile(run: Path) -> Profile | None:
         return None
     with reading(f"{path}: {PART}", "take it out, and the device decides again"):
         return profile_from(stored)
+
+
+def finished_profile(path: str) -> Profile | None:
+    """Return the profile of the run that a path names by its directory or its `final` folder; None of what is no run.
+
+    Raises:
+        RunError: the run has not finished, or its report cannot be read.
+    """
+    folder = run_folder(path)
+    if folder is None:
+        return None
+    return stored_profile(folder.parent if (folder.parent / "recipe.yaml").is_file() else folder)
 
 
 def described_profile(run: RunState) -> str:

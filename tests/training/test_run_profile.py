@@ -13,11 +13,13 @@ import torch
 from llmrecipe.core import device_profile, registry
 from llmrecipe.core.device_profile import DeviceFacts
 from llmrecipe.core.errors import RunError
+from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.optim.optimizer import Group, build_optimizer
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.profile_keys import KEYS, choices, profile_for, profile_line
+from llmrecipe.training.dry_run import predict_memory
 from llmrecipe.training.optimizer_state import optimizer_state, restore_optimizer
-from llmrecipe.training.run_profile import PART, decided_profile, stored_profile
+from llmrecipe.training.run_profile import PART, decided_profile, finished_profile, stored_profile
 from tests.trainings import curve, resume, stop_after, train_recipe
 
 SMALL = [
@@ -90,6 +92,18 @@ def test_a_run_says_and_keeps_its_profile_and_a_resume_uses_it(tmp_path: Path, c
     assert json.loads((run / "report.json").read_text())[PART]["decided"]["micro_tokens"] == 100
     for (_, loss, *_), (_, wanted, *_) in zip(curve(run), curve(tmp_path / "whole"), strict=True):
         assert loss == pytest.approx(wanted, rel=1e-4)
+    with device_profile.kept_profiles():
+        assert open_subject(str(run), []).roles.micro_tokens == 100
+        assert open_subject(str(run / "final"), ["batch.tokens=64"]).roles.micro_tokens == 64
+    small = predict_memory(run).activations
+    report[PART]["decided"]["micro_tokens"] = 1024
+    (run / "report.json").write_text(json.dumps(report))
+    assert small < predict_memory(run).activations
+
+
+def test_a_model_that_is_no_run_decides_here(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"profile": []}')
+    assert finished_profile("tiny") is None and finished_profile(str(tmp_path / "model")) is None
 
 
 def test_a_kernel_named_for_a_resume_comes_before_the_one_whose_state_was_saved() -> None:
