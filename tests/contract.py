@@ -324,16 +324,17 @@ def test_checkpointing_changes_no_gradient(kind: str) -> None:
     from llmrecipe.recipe.schema import ModelSection
 
     grads = []
-    for checkpointing in (False, True):
+    for form in (False, True, "selective"):
         subject = build(kind)
-        prepare_for_training(subject.model, ModelSection(gradient_checkpointing=checkpointing))
+        prepare_for_training(subject.model, ModelSection(gradient_checkpointing=form))
         subject.model.train()
         subject.stack.before_step(subject.model, 0)
         subject.loss().backward()
         grads.append({n: p.grad for n, p in subject.trained().items() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and grads[0]
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-5)
+    for found in grads[1:]:
+        assert grads[0].keys() == found.keys() and grads[0]
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(grad, found[name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CAUSAL)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import is_panic
-from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.models import vocabulary
 from llmrecipe.models.checkpoint_path import locate, offline, shown_reading, unreachable
 from llmrecipe.models.resolve_class import (
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+    from llmrecipe.models.checkpointing import Host
     from llmrecipe.models.pretrained import LanguageModel
 
 LEGACY = (
@@ -336,27 +336,19 @@ def may_bypass_attention(section: ModelSection, rows_head: str) -> bool:
     return not (plain and routes_attention(cls, attention(section, cls)))
 
 
-def prepare_for_training(model: LanguageModel, section: ModelSection) -> None:
+def prepare_for_training(model: LanguageModel, section: ModelSection, host: Host | None = None) -> None:
     """Turn on gradient checkpointing where the recipe sets it.
 
-    Blocks are recomputed under the context of their original forward, and without re-entrance, so frozen inputs need no
-    gradients and hooks see the same role twice.
+    Args:
+        host: what moves the inputs of blocks away and back under `offload`; default: to the memory of the machine.
 
     Raises:
         ModelError: the family has no checkpointed blocks.
     """
-    if not section.gradient_checkpointing:
-        return
+    if section.gradient_checkpointing is not False:
+        from llmrecipe.models.checkpointing import enable_checkpointing
 
-    options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ModelError(f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    # Re-entrant checkpointing needs inputs with gradients; ours does not, and they would cost a backward through frozen blocks.
-    model.disable_input_require_grads()
+        enable_checkpointing(model, section.gradient_checkpointing, host)
 
 
 def load_tokenizer(model: ModelSection, tokenizer: TokenizerSection) -> PreTrainedTokenizerBase:

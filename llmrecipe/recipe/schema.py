@@ -70,7 +70,12 @@ class ModelSection(Section):
         description="How packed rows are attended: one call per document (loop), or all of them in one, by torch (varlen), the "
         "flash-attn package or FlexAttention (flex). `auto`: loop on a CPU, on a GPU the first that can compute the call.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute block activations in the backward pass.")
+    gradient_checkpointing: bool | Literal["selective", "offload"] = Field(
+        False,
+        description="What of a block waits for the backward pass, instead of everything: its inputs (true), its inputs and the "
+        "results of linear layers and fused attention, which leaves little to compute again (selective), its inputs, in the "
+        "memory of the machine (offload).",
+    )
     compile: bool = Field(False, description="torch.compile the forward pass; pays off after thousands of steps.")
     revision: str | None = Field(None, description="Hub revision.")
     trust_remote_code: bool = Field(
@@ -281,6 +286,10 @@ class RuntimeSection(Section):
     logit_rows: PositiveInt | None = Field(
         None,
         description="Positions whose logits are formed at once; default: by the cache of a CPU, by the free memory of a GPU.",
+    )
+    ffn_rows: PositiveInt | None = Field(
+        None,
+        description="Positions that a feed-forward layer computes at once, and again in the backward pass; default: all, once.",
     )
     optimizer_kernel: Literal["auto", "fused", "foreach", "single"] = Field(
         "auto",

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
-from llmrecipe.recipe import packing_rules, sharding_rules, trained_tokenizer
+from llmrecipe.recipe import memory_rules, packing_rules, sharding_rules, trained_tokenizer
 from llmrecipe.recipe.key_hints import OTHER_TRAINERS, component_as_section, elsewhere
 from llmrecipe.recipe.provenance import Origin, leaves, origin_of
 from llmrecipe.recipe.registered_names import unknown_names
@@ -84,7 +84,10 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
         mistakes += endless
     mistakes += [Mistake(*found) for found in (unknown_names(recipe) if recipe is not None else ())]
     if recipe is not None and not mistakes:
-        rules = (trained_tokenizer.mistakes, sharding_rules.sharding_mistakes, packing_rules.packing_mistakes)
+        rules = (
+            trained_tokenizer.mistakes, sharding_rules.sharding_mistakes, packing_rules.packing_mistakes,
+            memory_rules.memory_mistakes,
+        )  # fmt: skip
         mistakes += [Mistake(*found) for rule in rules for found in rule(recipe)]
     mistakes = [m for m in mistakes if m.key not in unset or m.text.endswith("KEY=VALUE")] if unset else mistakes
     if mistakes or recipe is None:

@@ -39,7 +39,7 @@ OFF = {
     "ACCELERATE_DYNAMO_USE_DYNAMIC": "use model.compile",
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "use model.compile",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process reads the weights; set fsdp_cpu_ram_efficient_loading to false",
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "use model.gradient_checkpointing",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "use model.gradient_checkpointing=offload",
     "FSDP_FLOAT8_ALL_GATHER": "parameters travel in the dtype they are stored in",
     "FSDP_FORWARD_PREFETCH": "torch decides what is gathered ahead",
 }  # fmt: skip
@@ -138,7 +138,8 @@ def _compile(text: str, recipe: Recipe) -> str | None:
 
 def _checkpointing(text: str, recipe: Recipe) -> str | None:
     wanted = text in YES
-    return None if wanted == recipe.model.gradient_checkpointing else f"set model.gradient_checkpointing={str(wanted).lower()}"
+    on = recipe.model.gradient_checkpointing is not False
+    return None if wanted == on else f"set model.gradient_checkpointing={str(wanted).lower()}"
 
 
 def _fsdp(text: str, recipe: Recipe) -> str | None:

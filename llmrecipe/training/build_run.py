@@ -30,6 +30,7 @@ from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import new_token_rows
+from llmrecipe.models.chunked_ffn import chunk_feed_forward
 from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
@@ -253,6 +254,8 @@ def on_meta(
         delta.mount_layer(model, layer, index)
     objective.prepare_model(model, recipe.seed)
     stack.attach(model, structures)
+    if recipe.runtime.ffn_rows is not None:
+        chunk_feed_forward(model, recipe.runtime.ffn_rows)
     return model
 
 
@@ -345,6 +348,8 @@ def open_for(
     if objective.model_head() in NEW_HEADS and recipe.model.init == "random":
         model.model.new_heads = tuple(n for n in HEAD_MODULES if hasattr(model.model, n))
     prepare_for_training(model.model, recipe.model)
+    if recipe.runtime.ffn_rows is not None:
+        chunk_feed_forward(model.model, recipe.runtime.ffn_rows)
     return model
 
 

@@ -58,8 +58,8 @@ def memory_warnings(total: int, device: str) -> Iterator[str]:
     if there is not None and total > there:
         yield (
             f"memory: the estimate of {total / 2**30:.1f} GB is more than the {there / 2**30:.1f} GB of this "
-            f"{'machine' if device == 'cpu' else 'GPU'}; smaller batch.tokens, model.gradient_checkpointing=true, a stack with "
-            "a frozen base (lora) or nf4 need less"
+            f"{'machine' if device == 'cpu' else 'GPU'}; smaller batch.tokens, model.gradient_checkpointing=true or offload, a "
+            "stack with a frozen base (lora) or nf4 need less"
         )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from llmrecipe.models.checkpointing import noted_results
 
 
 class _Held:
@@ -31,8 +34,9 @@ class _Held:
 class KeptTensors:
     """Inside, the storages that a graph saves count once each until the graph lets go of them.
 
-    A block that is computed again in the backward pass counts by its inputs. What a custom function stores on its `ctx` itself
-    does not show; this package's functions store no activations there.
+    A block that is computed again in the backward pass counts by its inputs, and by the results it keeps besides them; what
+    rests on the host in the meantime does not count. What a custom function stores on its `ctx` itself does not show; this
+    package's functions store no activations there.
 
     Args:
         exclude: tensors that exist anyway, such as parameters and buffers.
@@ -49,13 +53,22 @@ class KeptTensors:
         self._sizes: dict[int, tuple[int, bool]] = {}
         """Storage -> (bytes, whether it holds logits)."""
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Held(tensor, self), lambda held: held.tensor)
+        self._watched = noted_results(self._until_freed)
 
     def __enter__(self) -> KeptTensors:
         self._hooks.__enter__()
+        self._watched.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._watched.__exit__(kind, error, trace)
         self._hooks.__exit__()
+
+    def _until_freed(self, tensor: Tensor) -> None:
+        """Count what a selective block keeps; nothing but the end of its storage says that it is let go."""
+        storage = tensor.untyped_storage()
+        self._add(tensor, storage._cdata)
+        weakref.finalize(storage, self._drop, storage._cdata)
 
     def _add(self, tensor: Tensor, place: int) -> None:
         self._uses[place] += 1

@@ -13,7 +13,8 @@ One pre-norm block that runs under a gradient keeps, in elements per token:
     of a hook        its rank
 
 A frozen base therefore keeps about half of what full training does. With gradient checkpointing a block keeps its input, D,
-and one block at a time keeps all of it.
+and one block at a time keeps all of it; in its selective form a block also keeps the results of its linear layers and of
+attention, in its form that offloads not even its input.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Estimate:
     operation by operation, what is kept of the logits."""
     temporary: int = 0
     """What a pass makes and frees, at the peak; 0 where no pass was followed."""
+    host: int = 0
+    """Inputs of blocks that wait in the memory of the machine, which are not part of the sum; 0 where no pass was followed."""
     auxiliary: int = 0
     """Weights of other models (teacher, reward model, judge), and a copy of what trains as it was at step 0."""
     unpredicted: str = ""
@@ -107,7 +110,7 @@ def estimate_memory(
     *,
     targets: int | None = None,
     activation_bytes: int = 4,
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
     device: str = "cpu",
 ) -> Estimate:
     """Estimate the memory of training a model with its stack attached; the model may be on the meta device.
@@ -125,9 +128,14 @@ def estimate_memory(
         gradients=stored["gradients"],
         optimizer=stored["optimizer"],
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        activations=0 if by_rule else activation_elements(model, tokens, checkpointing) * activation_bytes,
+        activations=0 if by_rule else activation_elements(model, tokens, _form(checkpointing, device)) * activation_bytes,
         logits=logit_bytes(model, targets or tokens, activation_bytes, device),
     )
+
+
+def _form(checkpointing: bool | str, device: str) -> bool | str:
+    """Return the form of checkpointing that a device sees: a CPU has nowhere to move its activations to."""
+    return True if (checkpointing, device) == ("offload", "cpu") else checkpointing
 
 
 def stored_bytes(model: nn.Module, stack: Stack, optimizer: Optimizer) -> dict[str, int]:
@@ -182,10 +190,13 @@ def logit_bytes(model: nn.Module, targets: int, activation_bytes: int, device: s
     return 4 * (kept + 2 * chunk) * vocabulary + targets * (width if isinstance(width, int) else 0) * activation_bytes
 
 
-def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = False) -> int:
+def activation_elements(model: nn.Module, tokens: int, checkpointing: bool | str = False) -> int:
     """Count the elements kept for the backward pass by the formulas of this module; zero below the first trained block.
 
     A model whose parts cannot be found is counted by its linear layers: inputs and outputs of each.
+
+    Args:
+        checkpointing: `model.gradient_checkpointing`; under `offload` one block's input is on the device at a time.
     """
     try:
         parts = anatomy(model)
@@ -200,7 +211,9 @@ def activation_elements(model: nn.Module, tokens: int, checkpointing: bool = Fal
         if reached:
             kept.append(_block_elements(model, parts, sites))
     if checkpointing and kept:
-        return tokens * (len(kept) * parts.width + max(kept))
+        inputs = (1 if checkpointing == "offload" else len(kept)) * parts.width
+        products = sum(_products(parts, sites) for sites in blocks[-len(kept) :]) if checkpointing == "selective" else 0
+        return tokens * (inputs + products + max(kept))
     return tokens * (sum(kept) + (parts.width if kept else 0))
 
 
@@ -231,6 +244,13 @@ def _block_elements(model: nn.Module, parts: Anatomy, sites: list[Any]) -> int:
     scaled = [m for m in norms.values() if not isinstance(m, nn.LayerNorm) and any(p.requires_grad for p in m.parameters())]
     elements += len(scaled) * parts.width
     return elements + _ranks(sites)
+
+
+def _products(parts: Anatomy, sites: list[Any]) -> int:
+    """Count the elements a token has in the results of a block's linear layers and of its attention."""
+    linear = {id(s.module): s.module for s in sites if s.role in INPUTS and not s.experts}
+    widths = [getattr(m, "out_features", getattr(m, "nf", 0)) for m in linear.values()]
+    return parts.heads * parts.head_dim + sum(widths)
 
 
 def _trains(site: Site) -> bool:

@@ -28,7 +28,7 @@ from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import open_model
 from llmrecipe.training import build_run
 from llmrecipe.training.measured_memory import vocabulary_of
-from llmrecipe.training.symbolic_pass import NumberlessMode, PassBytes, measure_pass, numberless, same_kind
+from llmrecipe.training.symbolic_pass import Away, NumberlessMode, PassBytes, measure_pass, numberless, same_kind
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch
@@ -72,6 +72,7 @@ def follow_pass(
         activations=found.kept - found.logits,
         logits=found.logits,
         temporary=max(0, found.peak - found.kept - memory.gradients),
+        host=found.host,
     )
 
 
@@ -93,12 +94,12 @@ def predict_pass(
     objective.check(recipe, data)
     stack = build_run.stack_for(objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
     _refuse(recipe, objective, stack, chosen, device)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake, away = FakeTensorMode(allow_non_fake_inputs=True), Away()
     with _stopped(), torch.random.fork_rng(devices=[]), kept_profiles():
         use(replace(profile_of(device), kind="cpu"))
         model: Any = build_run.on_meta(recipe, objective, stack, labels, device, chosen.structures if chosen else None)
         stack.before_step(model, 0)
-        prepare_for_training(model, recipe.model)
+        prepare_for_training(model, recipe.model, None if device == "cpu" else (away.pack, away.unpack))
         numberless(model, fake, chosen.tensors if chosen else {})
         with NumberlessMode(fake):
             speed_up(model, same_kind)
@@ -109,7 +110,7 @@ def predict_pass(
         micros = next(objective.batches(iter([rows]), roles))
         _refuse_shared(model, micros)
         penalised = any(type(w).penalty is not Wrapper.penalty for w in stack)
-        found = [_pass_over(micro, end, objective, roles, fake) for micro, end in largest_micros(micros, penalised)]
+        found = [_pass_over(micro, end, objective, roles, fake, away) for micro, end in largest_micros(micros, penalised)]
     return max(found, key=lambda one: one.kept)
 
 
@@ -167,7 +168,9 @@ def largest_micros(micros: list[Batch], penalised: bool) -> list[tuple[Batch, bo
     ]
 
 
-def _pass_over(micro: Batch, penalised: bool, objective: Objective, roles: Roles, fake: FakeTensorMode) -> PassBytes:
+def _pass_over(
+    micro: Batch, penalised: bool, objective: Objective, roles: Roles, fake: FakeTensorMode, away: Away
+) -> PassBytes:
     """Count what a micro-batch keeps and holds; the last one of a step carries the penalty of the stack."""
     stack, model = roles.stack, roles.model
     roles.engine.train(objective.dropout)
@@ -177,8 +180,9 @@ def _pass_over(micro: Batch, penalised: bool, objective: Objective, roles: Roles
         value = (found.total + found.auxiliary) / max(objective.weight(micro), 1e-12)
         return value + stack.penalty(model) if penalised else value
 
+    away.moved = 0
     with torch.set_grad_enabled(stack.rule() is None):
-        return measure_pass(model, loss, fake, vocabulary_of(model))
+        return replace(measure_pass(model, loss, fake, vocabulary_of(model)), host=away.moved)
 
 
 def _roles(recipe: Recipe, objective: Objective, stack: Stack, model: LanguageModel, device: str) -> Roles:

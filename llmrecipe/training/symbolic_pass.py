@@ -44,6 +44,8 @@ class PassBytes:
     """Most that lived at one time, gradients included, parameters and buffers not."""
     buffers: int = 0
     """Of buffers that the first pass made: the values that a method overwrites in the base."""
+    host: int = 0
+    """Moved to the memory of the machine until they are used."""
 
 
 class NumberlessMode(TorchDispatchMode):
@@ -111,6 +113,23 @@ def _scalar(value: FakeTensor, rounds: bool) -> object:
     if value.dtype.is_floating_point:
         return float("nan")
     raise ValueError("what is computed depends on rounding" if value.dtype is BOOL else "a size depends on numbers")
+
+
+class Away:
+    """Memory of another place than the device: what is moved there is counted and no longer lives on the device."""
+
+    def __init__(self) -> None:
+        self.moved = 0
+
+    def pack(self, tensor: Tensor) -> tuple[Tensor, torch.Size]:
+        """Take a tensor's bytes away; what remains is an empty one that knows its kind."""
+        self.moved += tensor.nbytes
+        return tensor.new_empty(0), tensor.shape
+
+    def unpack(self, packed: tuple[Tensor, torch.Size]) -> Tensor:
+        """Return a tensor of the same kind and shape, which lives on the device again."""
+        kind, shape = packed
+        return kind.new_empty(shape)
 
 
 def same_kind(a: Tensor, b: Tensor) -> bool:

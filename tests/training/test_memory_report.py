@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +19,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmrecipe.core.errors import ModelError, RecipeError
-from llmrecipe.core.forward_context import checkpoint_contexts
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.row_reading import RowReading
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models.load import prepare_for_training
+from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.report.page import memory_table
 from llmrecipe.training.dry_run import check, predict_memory
 from llmrecipe.training.kept_tensors import KeptTensors
 from llmrecipe.training.memory_estimate import Estimate, retained_bytes
 from llmrecipe.training.predicted_pass import largest_micros
-from llmrecipe.training.symbolic_pass import PassBytes, measure_pass, numberless
+from llmrecipe.training.symbolic_pass import Away, PassBytes, measure_pass, numberless
 from tests.contract import MIXTURES
 from tests.methods.additive.harness import model_of
 from tests.methods.kinds import CHANGES, Cell, batch_of, put, wrapper_of
@@ -37,7 +39,6 @@ from tests.trainings import events, train_recipe
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 BY_NUMBERS = ("coda", "esft", "noah")
 """Kinds for which the shapes of a pass depend on numbers: tokens picked or routed by their scores, sizes drawn at each step."""
-OPTIONS = {"use_reentrant": False, "context_fn": checkpoint_contexts}
 SIZE = "model.init=random,batch.size=64,batch.tokens=2048"
 WIDE = "hidden_size=512,intermediate_size=1408,num_hidden_layers=6,num_attention_heads=8,num_key_value_heads=4,head_dim=64"
 SHORT = ("steps=1", "data.limit=64", "eval.at_start=false", "save.end=false", "data.validation=null", "eval.load_best=false")
@@ -64,7 +65,18 @@ def stack_of(kind: str, base: str | None) -> list[Any]:
     return [*([wrapper_of(base)] if base else []), wrapper_of(kind)]
 
 
-def counted(kind: str, base: str | None, dtype: torch.dtype, checkpointing: bool) -> tuple[PassBytes, PassBytes]:
+def numpy_copy(tensor: Tensor) -> tuple[Any, torch.dtype]:
+    """Bytes that are no tensor's: what stands for the memory of the machine where the device is a CPU."""
+    return tensor.contiguous().view(torch.uint8).numpy().copy(), tensor.dtype
+
+
+def from_numpy(packed: tuple[Any, torch.dtype]) -> Tensor:
+    array, dtype = packed
+    found = torch.empty(array.shape, dtype=torch.uint8)
+    return found.copy_(torch.from_numpy(array)).view(dtype)
+
+
+def counted(kind: str, base: str | None, dtype: torch.dtype, form: Any) -> tuple[PassBytes, PassBytes]:
     """(Of a real pass, of one without numbers) in a layout of packed rows."""
     family = "native-mixture" if kind in MIXTURES else "llama"
     model = model_of(family).to(dtype)
@@ -75,10 +87,15 @@ def counted(kind: str, base: str | None, dtype: torch.dtype, checkpointing: bool
     planned = Stack(stack_of(kind, base))
     planned.attach(bare, made.stack.structures(model))
     bare.row_reading = RowReading()
-    for one in (model, bare):
+    away, moved = Away(), [0]
+
+    def pack(tensor: Tensor) -> tuple[Any, torch.dtype]:
+        moved[0] += tensor.nbytes
+        return numpy_copy(tensor)
+
+    for one, host in ((model, (pack, from_numpy)), (bare, (away.pack, away.unpack))):
         one.train()
-        if checkpointing:
-            one.gradient_checkpointing_enable(gradient_checkpointing_kwargs=OPTIONS)
+        prepare_for_training(one, ModelSection(gradient_checkpointing=form), host)
     batch, fake = batch_of(model, packing=True), FakeTensorMode(allow_non_fake_inputs=True)
     numberless(bare, fake, {n: b for n, b in model.named_buffers() if not b.is_floating_point()})
     guess = measure_pass(bare, lambda: Cell(bare, planned, Engine(bare)).loss(batch), fake, 64)
@@ -86,34 +103,39 @@ def counted(kind: str, base: str | None, dtype: torch.dtype, checkpointing: bool
     with PeakBytes(there) as live:
         with KeptTensors(there, 64) as kept:
             loss = made.loss(batch)
-        if not checkpointing:
+        if not form:
             # A second instrument, which also finds what a function stores on its `ctx`.
             assert retained_bytes(loss, there) == kept.now
         gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         del loss, gradients
-    return PassBytes(kept.peak, kept.peak_logits, live.peak), guess
+    return PassBytes(kept.peak, kept.peak_logits, live.peak, host=moved[0]), replace(guess, host=away.moved)
 
 
-FAST = {("lora", None, torch.bfloat16, True), ("lora_fa", "nf4", torch.float32, False), ("dora", None, torch.float32, False)}
+FORMS = (False, True, "selective", "offload")
+FAST = {
+    ("lora", None, torch.bfloat16, True), ("lora_fa", "nf4", torch.float32, False), ("dora", None, torch.float32, False),
+    ("lora", "nf4", torch.float32, "selective"), ("lora", None, torch.bfloat16, "offload"),
+}  # fmt: skip
 CELLS = [
     pytest.param(*cell, marks=() if cell in FAST else pytest.mark.slow)
     for kind in CHANGES
     if kind not in BY_NUMBERS
     for base, dtype in ((None, torch.float32), (None, torch.bfloat16), ("nf4", torch.float32))
     if (kind, dtype) != ("dora", torch.bfloat16)
-    for checkpointing in (False, True)
-    for cell in [(kind, base, dtype, checkpointing)]
+    for form in FORMS
+    for cell in [(kind, base, dtype, form)]
 ]
 
 
-@pytest.mark.parametrize(("kind", "base", "dtype", "checkpointing"), CELLS)
-def test_what_a_pass_keeps_is_known_to_the_byte(kind: str, base: str | None, dtype: torch.dtype, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("kind", "base", "dtype", "form"), CELLS)
+def test_what_a_pass_keeps_is_known_to_the_byte(kind: str, base: str | None, dtype: torch.dtype, form: bool | str) -> None:
     try:
         Stack(stack_of(kind, base))
-        real, guess = counted(kind, base, dtype, checkpointing)
+        real, guess = counted(kind, base, dtype, form)
     except (RecipeError, ModelError) as refusal:
         pytest.skip(str(refusal))
-    assert real.kept > 0 and (guess.kept, guess.logits) == (real.kept, real.logits)
+    assert real.kept > 0 and (guess.kept, guess.logits, guess.host) == (real.kept, real.logits, real.host)
+    assert (real.host > 0) == (form == "offload")
     assert 0.75 < (guess.peak + guess.buffers) / real.peak < 1.25, (guess, real)
 
 
@@ -157,6 +179,8 @@ QUICK = ("dpo_lora",)
 SLOW = (
     "sft", "sft_lora", "qlora", "smt", "loreft", "freeze", "lora_fa", "mezo", "classify", "clm", "dora", "kto_lora",
     "prefix_tuning", "mlm", "contrastive", "sft model.dtype=bfloat16", "dpo_lora model.gradient_checkpointing=true",
+    "sft_lora model.gradient_checkpointing=selective", "sft model.gradient_checkpointing=selective",
+    "sft_lora model.gradient_checkpointing=true runtime.ffn_rows=100",
     "sft_lora batch.size=48", "grpo", "l2sp eval.forgetting={}", "ewc eval.forgetting={} stack.ewc.num_samples=8",
     "sft_lora stack.lora.init=eva stack.lora.eva_rho=1",
     "prompt_tuning stack.prompt_tuning.init=text stack.prompt_tuning.init_text=hello",

@@ -191,10 +191,10 @@ def read_axolotl(account: Account, command: str | None) -> str:
     precision(account)
     checkpointing = account.raw("gradient_checkpointing")
     if checkpointing is not None:
-        kept = checkpointing in ("offload", "offload_disk")
-        note = "activations are recomputed, not moved to the memory of the machine" if kept else ""
-        on = kept or account.read("gradient_checkpointing", flag)
-        account.carry("gradient_checkpointing", "model.gradient_checkpointing", on, note)
+        moved = checkpointing in ("offload", "offload_disk")
+        note = "inputs of blocks are moved to the memory of the machine, no further" if checkpointing == "offload_disk" else ""
+        form = "offload" if moved else account.read("gradient_checkpointing", flag)
+        account.carry("gradient_checkpointing", "model.gradient_checkpointing", form, note)
     stop_after(account, "max_steps", "num_epochs", 1.0)
     for kind, path in (("eval", "eval.every"), ("save", "save.every")):
         every(account, kind, path, None)

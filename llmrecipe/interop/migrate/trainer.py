@@ -61,7 +61,7 @@ RULES: dict[str, Rule] = {
     "auto_find_batch_size": Only("set batch.micro; `llmrecipe check` says what fits", (False,)),
     "trust_remote_code": Only("a right that only you give, on the command line: model.trust_remote_code=true", (False,)),
     "gradient_checkpointing_kwargs": Same("activations are always recomputed the non-reentrant way"),
-    "activation_offloading": Only("set model.gradient_checkpointing=true, or a smaller batch.micro", (False,)),
+    "activation_offloading": Only("set model.gradient_checkpointing=offload, which recomputes too", (False,)),
     "use_cache": Same("no cache is kept while training"),
     "save_only_model": Same("save.end=false keeps no checkpoint to continue from"),
     "average_tokens_across_devices": Only("the loss of a step is a mean over all its tokens, on every device", (True,)),

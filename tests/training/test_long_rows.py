@@ -1,0 +1,47 @@
+"""32k tokens of an 8B model in 80 GB: LoRA in bf16 on all linear layers, by the estimate of `check`, without a weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmrecipe.recipe.compose import compose
+from llmrecipe.training import dry_run
+
+TOKENS, LAYERS, WIDTH = 32768, 32, 4096
+LARGE = {
+    "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 14336, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "tie_word_embeddings": "false",
+}  # fmt: skip
+"""Sizes of Llama-3-8B."""
+CARD = 80 * 10**9
+
+
+def words(folder: Path, form: str, **sizes: int) -> list[str]:
+    """Overrides of `sft_lora` for one row of 32k tokens."""
+    rows = folder / "long.jsonl"
+    row = {"prompt": "count", "completion": " ".join(str(i % 7) for i in range(2 * TOKENS))}
+    rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return [
+        "model.init=random", *(f"model.config.{name}={value}" for name, value in (LARGE | sizes).items()),
+        "model.dtype=bfloat16", f"data.path={rows}", "data.validation=null", f"data.max_length={TOKENS}",
+        "data.truncation=keep_start", "stack.lora.r=16", "stack.lora.target=attn.q|k|v|o + mlp.gate|up|down",
+        "batch.size=1", "batch.micro=1", "steps=1", "eval.load_best=false", "log.live=off",
+        f"model.gradient_checkpointing={form}",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_row_of_32k_tokens_of_8b_is_estimated_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is called a GPU, and there is none: its memory is not measured, and the pass is followed as everywhere."""
+    monkeypatch.setattr(dry_run, "pick_device", lambda wanted: "cuda")
+    kept = dry_run.examine(compose("sft_lora", words(tmp_path, "false")), follow=False)
+    assert kept.tokens_per_step == TOKENS and kept.memory.total > 2 * CARD
+    found = dry_run.check("sft_lora", words(tmp_path, "offload"))
+    memory = found.memory
+    assert not memory.unpredicted and 0 < memory.total < CARD / 2
+    assert memory.host == LAYERS * TOKENS * WIDTH * 2
+    assert f"inputs of blocks wait in the memory of the machine: {memory.host >> 20} MB" in found.notes
