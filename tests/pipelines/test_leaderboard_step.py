@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,6 @@ def test_hybrids_and_their_parts_train_as_many_numbers_with_one_rule_and_one_bud
     """4,608 a layer within 5 in 100, BitFit apart, which has but one size; only rate, seed and stack differ."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from llmrecipe.methods._base.stack import Stack
-    from llmrecipe.models.attention import install_attention
     from llmrecipe.models.checkpoint_path import TINY
 
     once = ["stages.method.matrix.seed=[0]", "stages.method.matrix.rate=[5e-3]"]
@@ -210,12 +209,41 @@ def test_hybrids_and_their_parts_train_as_many_numbers_with_one_rule_and_one_bud
         assert {"steps=30", "seed=0", "optim.lr=0.005", 'data.path="builtin:sft"'} < set(stage.words)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
-        install_attention(model, "sdpa")
-        options = compose(stage.what, list(stage.words)).recipe.stack
-        made = [registry.load_class("stack", own.pop("kind"))(name=n, **own) for n, own in options.items()]
-        Stack(made).attach(model)
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        count = trained_numbers(model, stage)
         assert count == 4 * 1728 if name.endswith("bitfit") else abs(count / (4 * 4608) - 1) < 0.05, (name, count)
+
+
+def trained_numbers(model: torch.nn.Module, stage: WrittenStage) -> int:
+    """How many numbers the stack of a stage trains in a model."""
+    from llmrecipe.methods._base.stack import Stack
+    from llmrecipe.models.attention import install_attention
+
+    install_attention(model, "sdpa")
+    options = compose(stage.what, list(stage.words)).recipe.stack
+    made = [registry.load_class("stack", own.pop("kind"))(name=n, **own) for n, own in options.items()]
+    Stack(made).attach(model)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_words_for_minilm_in_the_hybrid_board_give_each_method_as_many_numbers() -> None:
+    """15,360 a layer within 5 in 100 on an encoder of MiniLM's shape, by the command in the recipe's comment."""
+    from transformers import BertConfig, BertModel
+
+    lines = find_recipe("hybrid_leaderboard").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.lstrip("# ").startswith("m="))
+    last = next(i for i, line in enumerate(lines) if i >= first and not line.endswith("\\"))
+    command = " ".join(line.lstrip("# ").rstrip("\\") for line in lines[first : last + 1])
+    variable, _, rest = command.partition(";")
+    words = shlex.split(rest.replace("$m", variable.removeprefix("m=")))[3:]
+    words = [w for w in words if not w.startswith(("model", "data.path"))]
+    once = ["stages.method.matrix.seed=[0]", "stages.method.matrix.rate=[5e-3]"]
+    stages = {n: s for n, s in stages_of("hybrid_leaderboard", *words, *once).items() if n.startswith("method-")}
+    assert len(stages) == 10
+    for name, stage in stages.items():
+        with torch.device("meta"):
+            model = BertModel(BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6))
+        count = trained_numbers(model, stage)
+        assert name.endswith("bitfit") or abs(count / (6 * 15_360) - 1) < 0.05, (name, count)
 
 
 SOME_OF_IT = ["steps=2", "batch.size=2", "data.limit=6", "data.max_length=64", "eval.forgetting={}", "stages.board.columns=[]",
