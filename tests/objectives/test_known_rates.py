@@ -13,8 +13,10 @@ from torch import nn
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.pretraining.contrastive import Contrastive
+from llmrecipe.objectives.pretraining.dae import Dae
 from llmrecipe.objectives.pretraining.mmlm import Mmlm
 from llmrecipe.objectives.pretraining.nsp import Nsp
+from tests.objectives.test_encoder_decoder import pair_model
 from tests.pictures import Held
 from tests.tiny import roles_for, tiny_masked_model
 
@@ -156,3 +158,26 @@ def test_attributes_are_read_from_the_right_picture_and_guessed_without_it() -> 
         assert share(sums, f"accuracy/attribute/{view}") == pytest.approx(1 / VALUES, abs=3 * (3 / 16 / 1000) ** 0.5)
     gains = objective.finish_evaluation({name: share(sums, name) for name in sums if sums[name][1]}, {})
     assert min(gains["gain/removed"], gains["gain/shuffled"]) > 1.0
+
+
+# --- dae --------------------------------------------------------------------------------------------------------------
+
+
+def counted(first: int, count: int) -> Rows:
+    """Texts of twelve tokens that count upwards in a circle of twenty, from anywhere."""
+    found = []
+    for number in range(first, first + count):
+        start = int(np.random.default_rng([10, number]).integers(20))
+        row = {"row": number, "ids": [1, *(10 + (start + i) % 20 for i in range(12)), 2], "outlier": None}
+        found.append({**row, "words": [-1, *range(12), -1], "sentences": [-1, *[0] * 12, -1]})
+    return found
+
+
+def test_removed_tokens_are_restored_far_above_the_unigram_rate() -> None:
+    """Twenty tokens are equally frequent, so that 1 in 20 is right by chance, and what was left tells them all."""
+    objective = Dae(permute_sentences=0.0)
+    roles = roles_for(pair_model("native"), packing=False)
+    descend(objective, roles, lambda step: counted(32 * step, 32), 150, 1e-2)
+    with torch.no_grad():
+        sums = objective.loss(objective.collate(counted(1_000_000, 200), roles), roles).metrics
+    assert sums["accuracy/corrupted"][1] > 500 and share(sums, "accuracy/corrupted") > 0.5
