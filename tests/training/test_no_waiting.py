@@ -19,12 +19,13 @@ from torch import nn
 from llmrecipe.core import registry
 from llmrecipe.data.collate import Sequence, pad
 from llmrecipe.engine.forward import Engine
+from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._base.update_rule import LateResult, StepContext, StepResult, backprop
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run_state import RunState
-from tests.contract import KINDS, build
+from tests.contract import KINDS, OPTIONS, Subject, bare_model, build, subject_of
 from tests.objectives.harness import OBJECTIVES, SAMPLED, Case
 from tests.tiny import tiny_model
 from tests.waiting import PLACE, Device, device
@@ -202,8 +203,12 @@ WRAPPERS = [kind for kind in KINDS if kind not in ELSEWHERE and kind not in DECI
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", marked(WRAPPERS, WRAPPER_SAMPLE))
 def test_a_step_under_a_wrapper_waits_for_nothing(kind: str, packing: bool) -> None:
-    """The second step: what a method moves or makes once is there."""
-    subject = build(kind, packing)
+    reading = Counter({key: times + SENDS.get(kind, 0) for key, times in READING.items()})
+    assert_waits(build(kind, packing), reading)
+
+
+def assert_waits(subject: Subject, reading: Counter[tuple[str, str]]) -> None:
+    """In the second step: what a method moves or makes once is there."""
     subject.roles.engine.train()
     with device() as own:
         own.to(subject.model)
@@ -214,5 +219,19 @@ def test_a_step_under_a_wrapper_waits_for_nothing(kind: str, packing: bool) -> N
             subject.stack.before_step(subject.model, step)
             update(subject, [subject.batch(), subject.batch()], optimizer, step)
             optimizer.zero_grad(set_to_none=True)
-    reading = Counter({key: times + SENDS.get(kind, 0) for key, times in READING.items()})
     assert by_file(own) == reading, own.waits
+
+
+def test_two_hooks_on_rows_of_one_layer_wait_for_nothing() -> None:
+    """GPT-2 computes q, k and v in one layer, and each hook asks which others change its rows."""
+    subject = build("dora", family="gpt2", target="attn.q|v")
+    reading = Counter({key: times + SENDS["dora"] for key, times in READING.items()})
+    assert_waits(subject, reading)
+
+
+def test_rows_that_a_prompt_lengthens_are_known_on_the_host() -> None:
+    """ReFT edits the last tokens of prompts, and where these are depends on the mask of padded rows."""
+    model, kinds = bare_model("loreft"), ("prompt_tuning", "loreft")
+    stack = Stack([registry.load_class("stack", kind)(name=kind, **OPTIONS.get(kind, {})) for kind in kinds])
+    stack.attach(model)
+    assert_waits(subject_of("loreft", model, stack, packing=False), READING)

@@ -5,8 +5,10 @@ y = b + g (v - b),  g = m / ||W||        v (..., out) the layer's output, b (out
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -56,6 +58,19 @@ class Rescaled(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = (-more * dy.sum(tokens)).to(bias.dtype)
         return dv, dgain, dbias
+
+
+_training: ContextVar[bool] = ContextVar("llmrecipe_norm_of_training", default=False)
+"""Whether a norm is computed for a pass of training, for which the hooks inside run without gradients."""
+
+
+@contextlib.contextmanager
+def _part_of(training: bool) -> Iterator[None]:
+    token = _training.set(training)
+    try:
+        yield
+    finally:
+        _training.reset(token)
 
 
 class Gain:
@@ -118,8 +133,8 @@ class Gain:
         own = tuple((p.data_ptr(), p._version) for p in self.parameters(recurse=False))  # type: ignore[attr-defined]
         key = (own, state_below(self.host[0], self))  # type: ignore[arg-type]
         if self.cached is None or self.cached[0] != key:
-            self.late.training = torch.is_grad_enabled()
-            with torch.no_grad():
+            self.late.training = torch.is_grad_enabled() or _training.get()
+            with torch.no_grad(), _part_of(self.late.training):
                 norm = self.norm(product)
                 apart = (self.magnitude / norm).abs().min() > INVERTIBLE
                 self.cached = (key, norm, self.late.answer("apart", apart))

@@ -7,15 +7,18 @@ may lie what an earlier run learned. That is read off the forward pass itself, b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from llmrecipe.methods._engines.loftq_codes import Requantized, stored_weight
 from llmrecipe.methods._engines.quantized import bits_of
 from llmrecipe.models.hooks.hook import Hook, forward_with, hook_kind, hooks_of, plain_tensors
+
+_READ: MutableMapping[Tensor, frozenset[int]] = WeakIdKeyDictionary()
 
 
 def weight_below(module: nn.Module, hook: Hook) -> Tensor:
@@ -60,7 +63,14 @@ def hooks_under(module: nn.Module, hook: Hook) -> list[Hook]:
 def _apart(one: Hook, other: Hook) -> bool:
     """Return whether two hooks act on different rows of a fused layer."""
     rows = [getattr(p, "rows", None) for p in (one, other)]
-    return rows[0] is not None and rows[1] is not None and not bool(torch.isin(rows[0], rows[1]).any())
+    return rows[0] is not None and rows[1] is not None and _numbers(rows[0]).isdisjoint(_numbers(rows[1]))
+
+
+def _numbers(rows: Tensor) -> frozenset[int]:
+    """Return the values of an index that never changes, which are read from its device once."""
+    if rows not in _READ:
+        _READ[rows] = frozenset(rows.tolist())
+    return _READ[rows]
 
 
 def _products(module: nn.Module, under: list[Hook]) -> Tensor:

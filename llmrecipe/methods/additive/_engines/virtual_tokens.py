@@ -163,8 +163,9 @@ class VirtualTokens(Hook):
         read = stack_input(inputs)
         ids = read if read.dim() == 2 else read[..., 0]
         opened = self.open(inputs.get("attention_mask"), ids)
-        with activate(self.context(opened, ids)):
-            out = call(**self.first(inputs, opened, read))
+        same = inputs.get("attention_mask") is current().attention_mask
+        with activate(self.context(opened, ids, same)) as longer:
+            out = call(**self.first(inputs, opened, read, longer.attention_mask if same else None))
         return out if self.keep else _closed(out, opened)
 
     def open(self, mask: Tensor | None, ids: Tensor) -> Opening:
@@ -178,11 +179,12 @@ class VirtualTokens(Hook):
             layout.cache[key] = opening(starts, ids.shape[1], self.virtual_tokens, self.behind)
         return layout.cache[key]
 
-    def first(self, inputs: dict[str, Any], opened: Opening, read: Tensor) -> dict[str, Any]:
+    def first(self, inputs: dict[str, Any], opened: Opening, read: Tensor, known: Tensor | None) -> dict[str, Any]:
         """Return the inputs of a first pass; ids at the virtual tokens are a neighbour's and are never embedded.
 
         Args:
             read: ids (R, T), or embeddings (R, T, D), which get the trained rows here.
+            known: mask of the longer rows (R, T + P) where the context has it already.
         """
         longer = _take(read, opened.near)
         changed = {**inputs, "input_ids": longer}
@@ -191,7 +193,7 @@ class VirtualTokens(Hook):
             changed |= {"input_ids": None, "inputs_embeds": rows.after(longer, longer)}
         mask = inputs.get("attention_mask")
         if mask is not None:
-            changed["attention_mask"] = opened.fill(mask, mask.new_ones(1, self.virtual_tokens))
+            changed["attention_mask"] = self.lengthened(mask, opened) if known is None else known
         if inputs.get("token_type_ids") is not None:
             changed["token_type_ids"] = _take(inputs["token_type_ids"], opened.near)
         if self.reads_positions:
@@ -214,8 +216,16 @@ class VirtualTokens(Hook):
             changed["position_ids"] = positions(inputs, self.offset) + self.virtual_tokens
         return changed
 
-    def context(self, opened: Opening, ids: Tensor) -> Context:
-        """Return the context of longer rows."""
+    def lengthened(self, mask: Tensor, opened: Opening) -> Tensor:
+        """Return the mask of longer rows."""
+        return opened.fill(mask, mask.new_ones(1, self.virtual_tokens))
+
+    def context(self, opened: Opening, ids: Tensor, same: bool) -> Context:
+        """Return the context of longer rows, with what the host knows of them.
+
+        Args:
+            same: whether the rows were opened by the mask of the context that is running.
+        """
         context, columns = current(), ids.shape[1]
         which = (opened.order - columns).clamp(min=-1).expand(ids.shape[0], -1)
         # Virtual tokens of prompts further out keep their places among the new columns.
@@ -223,16 +233,40 @@ class VirtualTokens(Hook):
         shared = {k: Where(opened.fill(v.virtual_token, none)) for k, v in context.shared.items() if isinstance(v, Where)}
         layout, mask, places = context.layout, context.attention_mask, context.positions
         tasks, read = context.task_ids, context.read
+        longer = None if mask is None else self.lengthened(mask, opened)
+        lengths = None if context.prompt_lengths is None else context.prompt_lengths + self.virtual_tokens
+        here = list(context.here)
+        if same and ids.device.type != "cpu" and (own := self._on_host(context, *ids.shape)) is not None:
+            here.append((which, (own.order - columns).clamp(min=-1).expand(ids.shape[0], -1)))
+            for name, other in shared.items():
+                if (known := context.on_host(context.shared[name].virtual_token)) is not None:
+                    here.append((other.virtual_token, own.fill(known, known.new_full((1, self.virtual_tokens), -1))))
+            if mask is not None and longer is not None and (known := context.on_host(mask)) is not None:
+                here.append((longer, self.lengthened(known, own)))
+            if lengths is not None and (known := context.on_host(cast("Tensor", context.prompt_lengths))) is not None:
+                here.append((lengths, known + self.virtual_tokens))
         return dataclasses.replace(
             context,
             layout=None if layout is None else longer_layout(layout, self.virtual_tokens),
-            attention_mask=None if mask is None else opened.fill(mask, mask.new_ones(1, self.virtual_tokens)),
+            attention_mask=longer,
             positions=None if places is None else self.places(places, opened, 0),
             task_ids=tasks if tasks is None or tasks.shape[1] != columns else _take(tasks, opened.near),
-            prompt_lengths=None if context.prompt_lengths is None else context.prompt_lengths + self.virtual_tokens,
+            prompt_lengths=lengths,
+            here=tuple(here),
             read=None if read is None else self._read(read, opened, columns),
             shared={**context.shared, **shared, self.owner: Where(which)},
         )
+
+    def _on_host(self, context: Context, rows: int, columns: int) -> Opening | None:
+        """Return the opening of a pass on another device where the host knows the mask or the layout that it depends on."""
+        host, mask = torch.device("cpu"), context.attention_mask
+        if context.layout is not None:
+            starts = torch.tensor([[s.start for s in context.layout.segments if s.parent is None]])
+            return opening(starts, columns, self.virtual_tokens, self.behind)
+        known = None if mask is None else context.on_host(mask)
+        if mask is not None and known is None:
+            return None
+        return masked_opening(known, rows, columns, self.virtual_tokens, self.behind, host)
 
     def _read(self, read: Tensor, opened: Opening, columns: int) -> Tensor:
         rows = read // columns

@@ -94,11 +94,13 @@ class PromptEndsOfPass(Hook):
             mask = torch.ones(shape, dtype=torch.bool)
         lengths, virtual = context.prompt_lengths, _virtual(tokens)
         known = [context.on_host(one) for one in (mask, lengths) if one is not None]
-        if virtual is None and all(one is not None for one in known):
+        if all(one is not None for one in known) and (virtual is None or virtual.device.type == "cpu"):
             # How many tokens are edited depends on the values of both.
             mask, lengths = known[0], None if lengths is None else known[1]
+        elif virtual is not None:
+            virtual = virtual.to(tokens.device)
         assert mask is not None, "it is given or all ones"
-        real = mask.bool() if virtual is None else mask.bool().to(tokens.device)
+        real = mask.bool() if virtual is None else mask.bool().to(virtual.device)
         prompt = real.sum(1) if self.encoder else prompts_of(inputs, lengths, real)
         if prompt is None:
             return None
@@ -135,7 +137,10 @@ class PromptEndsOfPass(Hook):
 
 
 def _virtual(tokens: Tensor) -> Tensor | None:
-    """Return which columns (1 | R, T) are virtual tokens of other methods."""
-    found = [w.virtual_token >= 0 for w in current().shared.values() if isinstance(w, Where)]
-    fitting = [v for v in found if v.shape[1] == tokens.shape[1]]
-    return torch.stack([v.expand(tokens.shape[0], -1) for v in fitting]).any(0).to(tokens.device) if fitting else None
+    """Return which columns (R, T) are virtual tokens of other methods, on the host where it knows them."""
+    context = current()
+    places = [w.virtual_token for w in context.shared.values() if isinstance(w, Where)]
+    places = [place for place in places if place.shape[1] == tokens.shape[1]]
+    known = [own for place in places if (own := context.on_host(place)) is not None]
+    found = known if len(known) == len(places) else places
+    return torch.stack([(place >= 0).expand(tokens.shape[0], -1) for place in found]).any(0) if found else None
