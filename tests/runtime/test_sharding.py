@@ -303,3 +303,32 @@ def test_parts_of_weights_move_along_their_part_of_the_noise(tmp_path: Path) -> 
     assert curve(again) == curve(tmp_path / "whole" / "run") and len(curve(again)) == 3
     ours, theirs = learned(again), learned(tmp_path / "whole" / "run")
     assert ours and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+SAMPLED = ["objective.max_new_tokens=6", "objective.epochs=1", "objective.minibatches=1"]
+"""Short rollouts, as the matrix of processes has them."""
+RECOMPUTED = {
+    "zero1": {"grpo": ["grpo", "objective.answers=2", *SAMPLED], "ppo": ["ppo", *SAMPLED]},
+    "zero2": {"dpo": ["dpo_lora"], "sft": ["sft"]},
+    "zero3": {"dpo": ["dpo_lora"], "sft": ["sft"]},
+}
+"""Objectives that sample share whole parameters alone."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", RECOMPUTED)
+def test_recomputation_changes_nothing_in_a_divided_run(shard: str, tmp_path: Path) -> None:
+    """Blocks whose parts are gathered once more for the backward pass compute what they computed, to the bit."""
+    more = [f"runtime={shard}", "steps=1", "save.every=null", *STEADY]
+    cases = {
+        f"{name}_{on}": [*words, *more, f"model.gradient_checkpointing={on}"]
+        for name, words in RECOMPUTED[shard].items()
+        for on in ("true", "false")
+    }
+    launched(tmp_path, cases)
+    for name in RECOMPUTED[shard]:
+        own, whole = (tmp_path / f"{name}_{on}" / "run" for on in ("true", "false"))
+        assert curve(own) == curve(whole) and len(curve(own)) == 1
+        ours, theirs = learned(own), learned(whole)
+        assert theirs and ours.keys() == theirs.keys()
+        assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == [], name
