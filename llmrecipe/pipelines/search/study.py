@@ -46,8 +46,9 @@ from llmrecipe.pipelines.search.trial import Trial
 from llmrecipe.pipelines.search.winner import FINAL_WORDS, Final, check_final, final_length, row_interval, run_final
 from llmrecipe.pipelines.subprocesses import Children, Machine
 from llmrecipe.recipe.code_key import code_of
-from llmrecipe.recipe.compose import Composition, compose, to_yaml
+from llmrecipe.recipe.compose import Composition, compose
 from llmrecipe.recipe.content_key import content_key
+from llmrecipe.recipe.extending import extending_yaml
 from llmrecipe.recipe.pipeline_plan import Plan, Planned
 from llmrecipe.recipe.pipeline_spec import WrittenStage
 from llmrecipe.recipe.renames import first_words, new_path
@@ -413,7 +414,7 @@ class Search:
         return min(allowed, key=self._losses)
 
     def write_best(self, best: Trial, trials: list[Trial]) -> Path:
-        """Write `searched.yaml`, the recipe with the best point set, and one for each trial of the front."""
+        """Write `searched.yaml`, a recipe that extends `/base` with the best point set, and one for each trial of the front."""
         about = f"the best of {len(trials)} trials"
         if self.section.against:
             front = self.front(trials)
@@ -438,7 +439,7 @@ class Search:
             f"# {self.composition.name} with {about}: {self.evaluation.monitor} {value}{spent}\n"
             f"#   {', '.join(f'{k}={v}' for k, v in trial.point.items())}\n"
         )
-        write_text(path, head + to_yaml(composition.mapping))
+        write_text(path, head + extending_yaml(composition.mapping))
 
 
 def search(recipe: str, words: list[str]) -> tuple[Search, list[Trial]]:
