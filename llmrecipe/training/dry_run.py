@@ -12,6 +12,7 @@ import torch
 from llmrecipe.core.device_profile import Profile, kept_profiles, use
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.data.batch_plan import BatchPlan
+from llmrecipe.data.streaming import StreamedRows
 from llmrecipe.data.validation import warnings as data_warnings
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.reference_policy import needs_snapshot
@@ -150,6 +151,12 @@ class _Built:
         rows = len(self.data) / max(1, math.ceil(len(self.data) / self.settings.batch.size))
         return round(self.data.report.tokens / max(len(self.data), 1) * rows)
 
+    def longest_row(self) -> int:
+        """Return the tokens of the longest row, which a micro-batch holds whole however few tokens it may have."""
+        if isinstance(self.data, StreamedRows):
+            return self.settings.data.max_length
+        return int(self.data.lengths().max(initial=0))
+
     def groups(self) -> list[Group]:
         """Return the optimizer's groups; none where the stack has yet to choose all that trains."""
         if self.later and not any(p.requires_grad for p in self.model.parameters()):
@@ -222,7 +229,7 @@ def _memory(built: _Built, made: StackChoices | None, follow: bool) -> tuple[Est
     """Return the memory of the run, and a note on each other model than the policy that could not be looked at."""
     settings, stack, model, report = built.settings, built.stack, built.model, built.data.report
     most, per_step = settings.batch.tokens or micro_tokens(torch.device(built.device)), built.tokens_per_step()
-    micro = most if per_step is None else min(per_step, most)
+    micro = max(most if per_step is None else min(per_step, most), built.longest_row())
     memory = estimate_memory(
         model, stack, built.parts.optimizer, micro, targets=max(1, round(micro * report.trained / max(report.tokens, 1))),
         activation_bytes=(build_run.autocast_of(settings.model.dtype, stack) or pretrained(model).dtype).itemsize,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmrecipe.training.dry_run import check
+from llmrecipe.recipe.compose import compose
+from llmrecipe.training.dry_run import check, examine
 
 TOKENS, LAYERS, WIDTH = 32768, 32, 4096
 LARGE = {
@@ -41,3 +42,14 @@ def test_a_row_of_32k_tokens_of_8b_is_estimated_to_fit(tmp_path: Path) -> None:
     # Inputs of 32 blocks in bf16 wait for the backward pass, beside 8.0e9 weights of two bytes.
     assert memory.activations > LAYERS * TOKENS * WIDTH * 2 and memory.weights > 16 * 10**9
     assert memory.total < CARD / 2
+
+
+def test_a_row_longer_than_a_micro_batch_counts_whole_by_the_formulas_too(tmp_path: Path) -> None:
+    """A micro-batch of at most 8 tokens that reads a row of 60 holds what one of at most 60 does."""
+    rows = [{"prompt": "a b c", "completion": "d " * 25}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.path={tmp_path / 'rows.jsonl'}", "batch.size=1"]
+    short, whole = (
+        examine(compose("sft_lora", [*words, f"batch.tokens={tokens}"]), follow=False).memory for tokens in (8, 4096)
+    )
+    assert short.activations == whole.activations > 0 and short.logits == whole.logits
