@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.board hybrid_leaderboard FOLDER [--note TEXT]
     python -m tests.benchmarks.board survey_leaderboard FOLDER
+    python -m tests.benchmarks.board pretraining_leaderboard FOLDER
 
 FOLDER is the one that the stage of the board wrote: its table, plot and JSON go to tests/benchmarks/results under the name of
 the recipe. A claim compares two rows seed by seed: the mean difference, its standard error over the seeds, and the verdict of
@@ -42,6 +43,7 @@ CLAIMS = {
         *(Order("llm_adapters", other, LLM_ADAPTERS) for other in ("adapter", "parallel_adapter", "prefix_tuning")),
     ],
     "survey_leaderboard": [],
+    "pretraining_leaderboard": [],
 }
 """Recipe -> claims about its rows, each named by how its label begins."""
 
