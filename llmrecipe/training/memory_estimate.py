@@ -319,6 +319,9 @@ def retained_bytes(loss: Tensor, exclude: Iterable[Tensor] = ()) -> int:
         if hasattr(node, "variable"):
             continue
         for tensor in _tensors_of(node):
+            # torch wraps a Python number, such as the factor of a branch, as a double of its own: that is no activation.
+            if tensor.dim() == 0 and tensor.dtype == torch.float64:
+                continue
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 sizes[storage.data_ptr()] = storage.nbytes()
