@@ -235,6 +235,7 @@ def test_a_reference_to_another_key_is_written_out(tmp_path: Path) -> None:
     assert _migrated(tmp_path, text).settings["model.path"] == "/models/small/hf"
     found = _migrated(tmp_path, text.replace("base:", "other:"))
     assert "checkpointer.checkpoint_dir" in {entry.key for entry in found.of("left")}
+    assert "model.path" not in found.settings, "what is not known is not carried too"
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -263,12 +263,15 @@ def lora(account: Account, keys: dict[str, str], defaults: dict[str, Any], dora:
     return name
 
 
+def stand_in_reward(account: Account, key: str) -> None:
+    """Write a reward with which the recipe can run until the user's own one stands there."""
+    reward = {"length": {"most": 40, "unit": "words"}}
+    account.assume(key, "objective.reward", reward, "a stand-in: write what is good for you (`llmrecipe list reward`)")
+
+
 def carry_sampling(account: Account, answers_key: str, answers: int) -> None:
     """Set what GRPO and RLOO need: a reward, and rows of a step that are prompts here and answers there."""
-    reward = {"length": {"most": 40, "unit": "words"}}
-    account.assume(
-        "reward_funcs", "objective.reward", reward, "a stand-in: write what is good for you (`llmrecipe list reward`)"
-    )
+    stand_in_reward(account, "reward_funcs")
     count = account.read(answers_key, whole_number, answers)
     if account.raw(answers_key) is None:
         account.assume(answers_key, "objective.answers", answers)

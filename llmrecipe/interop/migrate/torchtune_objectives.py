@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from llmrecipe.interop.migrate.account import Account
-from llmrecipe.interop.migrate.counterparts import batch
+from llmrecipe.interop.migrate.counterparts import batch, stand_in_reward
 from llmrecipe.interop.migrate.values import finite_number, flag, whole_number
 
 LOSSES = {
@@ -34,9 +36,9 @@ def component(account: Account, key: str) -> str:
 
 
 def place_at(account: Account, key: str) -> tuple[str, str] | None:
-    """Return a folder with the keys it refers to written out, and a note; None where it is not given.
+    """Return a folder with the keys it refers to written out, and a note; None where it is not given or not known.
 
-    A reference that is not a key of the file stays, and is entered as left over.
+    One that refers to what is no key of the file is entered as left over.
     """
     given = account.raw(key)
     if given is None:
@@ -44,6 +46,7 @@ def place_at(account: Account, key: str) -> tuple[str, str] | None:
     place = REFERENCE.sub(lambda found: str(account.raw(found[1]) or found[0]), str(given))
     if "${" in place:
         account.leave(key, "it refers to another key: write the place itself")
+        return None
     return place, "the key it refers to is written out" if place != given else ""
 
 
@@ -129,31 +132,27 @@ def _distilled(account: Account) -> None:
 
 def _sampled(account: Account) -> None:
     """Enter how answers are sampled and how often they are trained on."""
-    if account.raw("temperature") is not None:
-        account.carry("temperature", "objective.temperature", account.read("temperature", finite_number))
-    if account.raw("max_generated_tokens") is not None:
-        account.carry("max_generated_tokens", "objective.max_new_tokens", account.read("max_generated_tokens", whole_number))
+    _carry(account, "temperature", "objective.temperature")
+    _carry(account, "max_generated_tokens", "objective.max_new_tokens", read=whole_number)
     account.same("enable_kv_cache", "answers are sampled with a cache")
     for key in ("policy_model", "ref_policy_model", "reward_and_value_model", "value_model", "reward_model"):
         account.same(key, "the family and size follow from the folder")
     for key in ("ref_checkpointer", "ref_policy_checkpointer"):
         account.same(key, "the reference is the policy of step 0")
-    if account.raw("ppo_epochs") is not None:
-        account.carry("ppo_epochs", "objective.epochs", account.read("ppo_epochs", whole_number))
+    _carry(account, "ppo_epochs", "objective.epochs", read=whole_number)
 
 
 def _grouped(account: Account) -> None:
     """Enter the options of GRPO."""
     name = component(account, "loss")
-    _stand_in(account, "reward_functions")
+    stand_in_reward(account, "reward_functions")
     if account.raw("reward_functions") is not None:
         account.leave("reward_functions", "write the reward here: objective.reward={...} (`llmrecipe list reward`)")
-    if account.raw("grpo_samples") is not None:
-        account.carry("grpo_samples", "objective.answers", account.read("grpo_samples", whole_number))
-    _number(account, "loss.kl_coeff", "objective.beta", 0.1)
+    _carry(account, "grpo_samples", "objective.answers", read=whole_number)
+    _carry(account, "loss.kl_coeff", "objective.beta", 0.1)
     account.assume("loss", "objective.kl_correction", False, "the divergence has no weight of the ratio there")
     if name in ("GRPOLoss", "GRPOCompletionLoss"):
-        _number(account, "loss.epsilon", "objective.clip", 0.1)
+        _carry(account, "loss.epsilon", "objective.clip", 0.1)
         if name == "GRPOCompletionLoss":
             note = "one ratio an answer: of the mean log-ratio of its tokens here, of their sum there"
             account.assume("loss", "objective.ratio", "sequence", note)
@@ -168,17 +167,15 @@ def _grouped(account: Account) -> None:
 
 def _proximal(account: Account) -> None:
     """Enter the options of PPO; its steps are answers there, optimizer steps here."""
-    _stand_in(account, "reward_checkpointer")
+    stand_in_reward(account, "reward_checkpointer")
     account.leave("reward_checkpointer", "a reward model is a run of objective=reward: objective.reward={model: {path: RUN}}")
     account.leave("value_checkpointer", "the value function begins at the policy: objective.value")
-    _number(account, "loss.epsilon", "objective.clip", 0.1)
-    _number(account, "loss.value_coeff", "objective.value_coef", 0.1)
-    _number(account, "loss.value_clip_range", "objective.value_clip", 0.2)
+    _carry(account, "loss.epsilon", "objective.clip", 0.1)
+    _carry(account, "loss.value_coeff", "objective.value_coef", 0.1)
+    _carry(account, "loss.value_clip_range", "objective.value_clip", 0.2)
     for key, ours in (("kl_coeff", "beta"), ("gamma", "gamma"), ("lmbda", "lam")):
-        if account.raw(key) is not None:
-            account.carry(key, f"objective.{ours}", account.read(key, finite_number))
-    if account.raw("whiten_rewards") is not None:
-        account.carry("whiten_rewards", "objective.whiten_rewards", account.read("whiten_rewards", flag))
+        _carry(account, key, f"objective.{ours}")
+    _carry(account, "whiten_rewards", "objective.whiten_rewards", read=flag)
     if account.read("penalise_no_eos", flag, False):
         penalty = account.read("reward_penalty", finite_number)
         account.carry("penalise_no_eos", "objective.missing_end", penalty)
@@ -199,15 +196,11 @@ def _proximal(account: Account) -> None:
         account.carry("num_steps", "steps", steps, "optimizer steps; answers there. Steps take precedence over epochs")
 
 
-def _stand_in(account: Account, key: str) -> None:
-    """Write a reward with which the recipe can run until the user's own one stands there."""
-    reward = {"length": {"most": 40, "unit": "words"}}
-    account.assume(key, "objective.reward", reward, "a stand-in: write what is good for you (`llmrecipe list reward`)")
-
-
-def _number(account: Account, key: str, path: str, default: float) -> None:
-    """Carry a number, or write out what an absent key stands for."""
-    if account.raw(key) is None:
+def _carry(
+    account: Account, key: str, path: str, default: float | None = None, read: Callable[[Any], object] = finite_number
+) -> None:
+    """Carry a value, or write out what an absent key stands for; without a default that is nothing."""
+    if account.raw(key) is not None:
+        account.carry(key, path, account.read(key, read))
+    elif default is not None:
         account.assume(key, path, default)
-    else:
-        account.carry(key, path, account.read(key, finite_number))
