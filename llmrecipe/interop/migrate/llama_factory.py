@@ -9,7 +9,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.foreign import read_json
 from llmrecipe.interop.migrate import trainer
 from llmrecipe.interop.migrate.account import Account, Only, Rule, Same, To
-from llmrecipe.interop.migrate.counterparts import EVERY_LINEAR, lora
+from llmrecipe.interop.migrate.counterparts import EVERY_LINEAR, lora, stand_in_reward
 from llmrecipe.interop.migrate.trainer import rows_of
 from llmrecipe.interop.migrate.values import finite_number, flag, text, whole_number, words
 
@@ -187,9 +187,7 @@ def _objective(account: Account) -> str:
     elif account.raw("pref_beta") is not None:
         account.same("pref_beta", f"unused there: stage is {stage}")
     if objective in ("ppo", "grpo"):
-        account.assume(
-            "reward_model", "objective.reward", {"length": {"most": 40, "unit": "words"}}, "a stand-in: write your own"
-        )
+        stand_in_reward(account, "reward_model")
     account.choices["objective"] = objective
     return objective
 
