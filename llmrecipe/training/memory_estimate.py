@@ -166,7 +166,7 @@ def delta_bytes(model: nn.Module, stack: Stack) -> int:
 
 
 def weight_bytes(model: nn.Module, stack: Stack) -> int:
-    """Count the bytes of weights and buffers; wrappers report what they quantize (`base_bytes`)."""
+    """Count the bytes of weights and buffers; wrappers report what they quantize or will set aside (`base_bytes`)."""
     packed = {id(module.weight) for _, module in quantized(model)}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in packed}
     dense = sum(t.numel() * t.element_size() for t in tensors.values())

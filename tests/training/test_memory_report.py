@@ -177,7 +177,7 @@ def test_only_micro_batches_that_may_be_the_largest_are_followed() -> None:
 
 QUICK = ("dpo_lora",)
 SLOW = (
-    "sft", "sft_lora", "qlora", "smt", "loreft", "freeze", "lora_fa", "mezo", "classify", "clm", "dora", "kto_lora",
+    "sft", "sft_lora", "qlora", "smt", "fishmask", "child_tuning", "spt", "diff_pruning", "loreft", "freeze", "lora_fa", "mezo", "classify", "clm", "dora", "kto_lora",
     "prefix_tuning", "mlm", "contrastive", "sft model.dtype=bfloat16", "dpo_lora model.gradient_checkpointing=true",
     "sft_lora model.gradient_checkpointing=selective", "sft model.gradient_checkpointing=selective",
     "sft_lora model.gradient_checkpointing=true runtime.ffn_rows=100",

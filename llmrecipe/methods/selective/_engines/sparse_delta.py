@@ -169,6 +169,10 @@ class SparseDelta(Hook):
         if mode == "inplace":
             writer.add(self)
 
+    def base_due(self, weight: Tensor) -> int:
+        """Return the bytes of W_0[idx] that the first forward pass will keep: none where it is kept, or W is not touched."""
+        return self.values.numel() * weight.element_size() if self.mode == "inplace" and self.base is None else 0
+
     def active(self) -> bool:
         """Return True: while disabled, it has to put the base back."""
         return True

@@ -269,11 +269,13 @@ class SparseMethod:
                 remove_hook(module, name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Return closed forms: 20 bytes an entry: index, value, gradient and two moments."""
+        """Return closed forms: 20 bytes an entry for index, value, gradient and two moments, and the kept base that is still due."""
         hooks = [hook for _, _, hook in sparse_hooks(model, self.name)]
         count = sum(p.values.numel() for p in hooks) if hooks else self.plan(model)
         index = sum(p.idx.numel() * p.idx.element_size() for p in hooks) if hooks else 4 * count
-        return {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "index_bytes": index}
+        due = sum(p.base_due(getattr(module, p.tensor)) for _, module, p in sparse_hooks(model, self.name))
+        facts = {"trainable": count, "optimizer_bytes": 8 * count, "gradient_bytes": 4 * count, "index_bytes": index}
+        return {**facts, "base_bytes": due}
 
     def describe(self, model: nn.Module) -> Iterator[tuple[str, int]]:
         """Yield the selected entries of each tensor."""
