@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,10 @@ class MemoryMeter:
 def _peak() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError):
+        # On Linux `ru_maxrss` of a process begins with the peak of the one that started it, and cannot be set back.
+        if own := re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE):
+            return int(own[1]) * 1024
     if not is_installed("resource"):
         held = psutil.Process().memory_info()
         return int(getattr(held, "peak_wset", held.rss))

@@ -177,7 +177,8 @@ def test_only_micro_batches_that_may_be_the_largest_are_followed() -> None:
 
 QUICK = ("dpo_lora",)
 SLOW = (
-    "sft", "sft_lora", "qlora", "smt", "fishmask", "child_tuning", "spt", "diff_pruning", "loreft", "freeze", "lora_fa", "mezo", "classify", "clm", "dora", "kto_lora",
+    "sft", "sft_lora", "qlora", "smt", "fishmask", "child_tuning", "spt", "diff_pruning",
+    "loreft", "freeze", "lora_fa", "mezo", "classify", "clm", "dora", "kto_lora",
     "prefix_tuning", "mlm", "contrastive", "sft model.dtype=bfloat16", "dpo_lora model.gradient_checkpointing=true",
     "sft_lora model.gradient_checkpointing=selective", "sft model.gradient_checkpointing=selective",
     "sft_lora model.gradient_checkpointing=true runtime.ffn_rows=100",
@@ -225,6 +226,14 @@ def test_the_peak_of_a_process_is_within_a_quarter(words: str, checkpointing: st
     predicted = predict_memory(tmp_path / "run").predicted()
     measured = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["memory"]
     assert 0.75 < predicted["peak"] / measured["peak"] < 1.25, (predicted, measured)
+
+
+def test_the_peak_of_a_process_is_its_own() -> None:
+    """Not that of the process that started it, which here holds 900 MB."""
+    held = bytearray(900 * 2**20)
+    code = "from llmrecipe.training.measured_memory import MemoryMeter; print(MemoryMeter().peak_mb())"
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert 50 < float(told) < len(held) / 2**20 - 100
 
 
 def test_what_cannot_be_known_has_no_number() -> None:

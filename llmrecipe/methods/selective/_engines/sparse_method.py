@@ -269,7 +269,7 @@ class SparseMethod:
                 remove_hook(module, name)
 
     def memory(self, model: nn.Module) -> dict[str, int]:
-        """Return closed forms: 20 bytes an entry for index, value, gradient and two moments, and the kept base that is still due."""
+        """Return closed forms: 20 bytes an entry (index, value, gradient, two moments), and the base values still due."""
         hooks = [hook for _, _, hook in sparse_hooks(model, self.name)]
         count = sum(p.values.numel() for p in hooks) if hooks else self.plan(model)
         index = sum(p.idx.numel() * p.idx.element_size() for p in hooks) if hooks else 4 * count
