@@ -1,12 +1,14 @@
 """Keep the leaderboard of a packaged recipe as a result file, with the verdicts on what papers claim of its rows.
 
     python -m tests.benchmarks.board hybrid_leaderboard FOLDER [--note TEXT]
+    python -m tests.benchmarks.board hybrid_leaderboard FOLDER --name hybrid_minilm_trec --metric test/accuracy --title TEXT
     python -m tests.benchmarks.board survey_leaderboard FOLDER
     python -m tests.benchmarks.board pretraining_leaderboard FOLDER
 
 FOLDER is the one that the stage of the board wrote: its table, plot and JSON go to tests/benchmarks/results under the name of
-the recipe. A claim compares two rows seed by seed: the mean difference, its standard error over the seeds, and the verdict of
-`directions.verdict`, each row at its own best rate of those that all rows were tried with.
+the recipe, or under `--name` where the recipe was run with another model or other rows. A claim compares two rows seed by seed:
+the mean difference, its standard error over the seeds, and the verdict of `directions.verdict`, each row at its own best rate
+of those that all rows were tried with. Claims about rows that were not run are left out.
 """
 
 from __future__ import annotations
@@ -66,17 +68,19 @@ def verdicts(claims: Sequence[Order], runs: Sequence[dict[str, Any]], metric: st
     return "\n".join(lines)
 
 
-def page(recipe: str, folder: Path, note: str) -> str:
+def page(recipe: str, folder: Path, note: str, metric: str = "test/loss", title: str = "") -> str:
     """The result file of a board."""
-    metric = "test/loss"
-    parts = [f"# `recipe={recipe}`", note, (folder / "leaderboard.md").read_text(encoding="utf-8").strip()]
-    if CLAIMS[recipe]:
-        runs = json.loads((folder / "leaderboard.json").read_text(encoding="utf-8"))["runs"]
+    head = f"# `recipe={recipe}`{title and ': '}{title}"
+    parts = [head, note, (folder / "leaderboard.md").read_text(encoding="utf-8").strip()]
+    runs = json.loads((folder / "leaderboard.json").read_text(encoding="utf-8"))["runs"]
+    names = {run["method"] for run in runs}
+    claims = [c for c in CLAIMS[recipe] if all(any(n.startswith(row) for n in names) for row in (c.better, c.worse))]
+    if claims:
         parts += [
             f"What papers say of these rows. A difference of {metric} is positive where it speaks for the claim. Confirmed:\n"
             "more than two standard errors above 0; not reproduced: more than two below; else undecided. The standard error\n"
             "is over seeds, on one set of test rows.",
-            verdicts(CLAIMS[recipe], runs, metric),
+            verdicts(claims, runs, metric),
         ]
     return "\n\n".join(filter(None, parts)) + "\n\n" + machine_line() + "\n" + line(stamp("board"))
 
@@ -87,9 +91,13 @@ def main() -> None:
     parser.add_argument("recipe", choices=sorted(CLAIMS))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--note", default="", help="a paragraph about the run: budget, what ran beside it")
+    parser.add_argument("--name", help="of the result files, where they are not the recipe's own")
+    parser.add_argument("--metric", default="test/loss", help="what the board was scored by")
+    parser.add_argument("--title", default="", help="model and rows, where they are not the recipe's own")
     options = parser.parse_args()
-    out = RESULTS / options.recipe
-    out.with_suffix(".md").write_text(page(options.recipe, options.folder, options.note), encoding="utf-8")
+    out = RESULTS / (options.name or options.recipe)
+    text = page(options.recipe, options.folder, options.note, options.metric, options.title)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
     out.with_suffix(".png").write_bytes((options.folder / "leaderboard.png").read_bytes())
     board = json.loads((options.folder / "leaderboard.json").read_text(encoding="utf-8"))
     text = json.dumps({"harness": stamp("board"), **board}, indent=1)

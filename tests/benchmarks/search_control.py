@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 5
 SIZES = "[1, 2, 3, 4, 5, 6, 10]"
 """Exponents that differ at width 64."""
-STEPS, SUPERNET_STEPS = 80, 200
+STEPS, SUPERNET_STEPS = 120, 200
 TASK = [
     "data.max_length=16", "data.truncation=keep_start", "optim.lr=3e-3", "batch.size=16", "epochs=null", "eval.at_start=false",
     "eval.bootstrap=0", "runtime.threads=1", "log.live=off",

@@ -32,3 +32,15 @@ def test_a_row_is_found_by_how_its_label_begins(tmp_path: Path) -> None:
     text = page("hybrid_leaderboard", tmp_path, "A note.")
     assert text.startswith("# `recipe=hybrid_leaderboard`\n\nA note.\n\n| table |\n")
     assert text.count("| undecided |") == len(board.CLAIMS["hybrid_leaderboard"]) and "| s4 | s4 reversed |" in text
+
+
+def test_another_metric_and_rows_that_were_not_run(tmp_path: Path) -> None:
+    """Accuracy counts upwards, and a claim about a row that was not run is no line of the table."""
+    (tmp_path / "leaderboard.json").write_text(json.dumps({"runs": runs(unipelt=[0.9, 0.8, 0.7], lora=[0.6] * 3, other=[1.0])}))
+    (tmp_path / "leaderboard.md").write_text("| table |\n")
+    text = page("hybrid_leaderboard", tmp_path, "", "test/accuracy", "MiniLM on TREC")
+    assert text.startswith("# `recipe=hybrid_leaderboard`: MiniLM on TREC\n\n| table |\n")
+    assert "A difference of test/accuracy is positive" in text
+    assert [row for row in text.splitlines() if row.startswith("| unipelt")] == [
+        "| unipelt | lora | arXiv 2110.07577 | 0.2 ± 0.05774 | 3 | confirmed |"
+    ]
