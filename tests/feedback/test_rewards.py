@@ -16,7 +16,7 @@ import torch
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.feedback.rewards.function import FUNCTIONS, reward_function
-from llmrecipe.objectives.alignment._engines.rollout import reward_metrics
+from llmrecipe.objectives.alignment._engines.rollout_metrics import reward_metrics
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from tests.servers import server
 

@@ -13,14 +13,11 @@ from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.advantages import clipped_policy_loss, clipped_share, group_relative
 from llmrecipe.objectives.alignment._engines.kl import kl_estimate
-from llmrecipe.objectives.alignment._engines.rollout import (
-    RolloutPlan,
-    Sample,
+from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Sample, by_prompt, scores_of
+from llmrecipe.objectives.alignment._engines.rollout_metrics import (
     answer_count,
-    by_prompt,
     ratio_metrics,
     rollout_metrics,
-    scores_of,
     sum_by_answer,
     with_metrics,
 )

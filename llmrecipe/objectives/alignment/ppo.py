@@ -37,14 +37,8 @@ from llmrecipe.objectives.alignment._engines.advantages import (
     whiten,
 )
 from llmrecipe.objectives.alignment._engines.kl import KlController, kl_estimate
-from llmrecipe.objectives.alignment._engines.rollout import (
-    RolloutPlan,
-    Sample,
-    ratio_metrics,
-    rollout_metrics,
-    scores_of,
-    with_metrics,
-)
+from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Sample, scores_of
+from llmrecipe.objectives.alignment._engines.rollout_metrics import ratio_metrics, rollout_metrics, with_metrics
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
 

@@ -26,8 +26,6 @@ from llmrecipe.engine.forward import Critic
 from llmrecipe.engine.generation import decode_ids, generate
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
-from llmrecipe.methods._base.late_values import Largest, Smallest
-from llmrecipe.objectives.base import Loss, Measures
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.objectives.token_math import collate_tokens
 
@@ -348,91 +346,3 @@ def _sequences(samples: list[Sample]) -> list[Sequence]:
         found.append(Sequence(prompt, [0] * len(prompt), prompt=len(prompt)))
         found += [Sequence(s.answer.ids, [1] * s.length, parent=at) for s in answers]
     return found
-
-
-# --- metrics of a batch of answers ------------------------------------------------------------------------------------
-
-
-def answer_count(batch: Batch) -> int:
-    """Return B, the number of answers of a batch."""
-    return batch.extra["score"].numel()
-
-
-def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
-    """Sum values per token, (N,), to values per answer, (B,)."""
-    return values.new_zeros(answer_count(batch)).index_add(0, batch.extra["answer"], values)
-
-
-def reward_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
-    """Return each reward's scores and measures as (sum, count) over the answers it has an opinion of (NaN: it has none)."""
-    own = {name: value for name, value in batch.here.extra.items() if name.startswith("rewards/")}
-    return {name: (value.nan_to_num(0.0).sum(), float(value.numel() - value.isnan().sum())) for name, value in own.items()}
-
-
-def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, float]]:
-    """Return metrics of the answers, as (sum, count): scores, divergence of a whole answer, lengths, ends."""
-    extra, count = batch.extra, float(answer_count(batch))
-    metrics: dict[str, tuple[Any, float]] = {"objective/scores": (extra["score"].sum(), count)}
-    metrics |= reward_metrics(batch)
-    if "reference" in extra:
-        metrics["objective/kl"] = (extra["kl"].sum(), count)
-        metrics["objective/non_score_reward"] = (-(beta * extra["kl"]).sum(), count)
-        metrics["objective/rlhf_reward"] = ((extra["score"] - beta * extra["kl"]).sum(), count)
-    lengths = batch.here.extra["length"]
-    metrics["response/length"] = (lengths.sum(), count)
-    metrics["response/length_min"] = Smallest(lengths.min() if count else 0.0, count)
-    metrics["response/length_max"] = Largest(lengths.max() if count else 0.0, count)
-    # Seconds are split in proportion to tokens, so that any part of a rollout shows the rate of the whole.
-    metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * batch.here.extra["pace"]))
-    metrics["response/eos_rate"] = (extra["finished"].sum(), count)
-    metrics["response/no_opinion"] = (extra["no_opinion"] * count, count)
-    return metrics
-
-
-HELD_OUT_METRICS: Measures = {"score": "max", "kl": None, "length": None, "eos_rate": None, "no_opinion": None}
-"""Metrics that `held_out_metrics` reports besides the single rewards, and whether less or more of each is better."""
-
-
-def held_out_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
-    """Return metrics of held-out prompts; `loss` is the negative score, so that less is better as everywhere else.
-
-    The score is the mean over the answers of which a reward has an opinion.
-    """
-    extra, count = batch.extra, float(answer_count(batch))
-    scores = batch.here.extra["score"]
-    known = ~scores.isnan()
-    total, scored = scores[known].sum(), float(known.sum())
-    metrics: dict[str, tuple[Any, float]] = {"loss": (-total, scored), "score": (total, scored)}
-    metrics |= reward_metrics(batch)
-    if "reference" in extra:
-        metrics["kl"] = (extra["kl"].sum(), count)
-    metrics["length"] = (extra["length"].sum(), count)
-    metrics["eos_rate"] = (extra["finished"].sum(), count)
-    metrics["no_opinion"] = (count - scored, count)
-    return metrics
-
-
-def ratio_metrics(log_ratio: Tensor, clipped: Tensor, entropy: Tensor) -> dict[str, tuple[Any, float]]:
-    """Measure how far the policy has moved from the one that sampled; the variance of the ratio is taken around 1.
-
-    Args:
-        log_ratio: (N,) per token or (B,) per answer.
-        clipped: bool, in the same shape.
-        entropy: (N,) per token.
-    """
-    log_ratio = log_ratio.detach()
-    ratio = log_ratio.exp()
-    count = float(log_ratio.numel())
-    return {
-        "policy/approxkl": (0.5 * (log_ratio**2).sum(), count),
-        "policy/clipfrac": (clipped.float().sum(), float(clipped.numel())),
-        "policy/ratio": (ratio.sum(), count),
-        "policy/ratio_var": (((ratio - 1.0) ** 2).sum(), count),
-        "policy/ratio_max": Largest(ratio.max() if count else 0.0, count),
-        "objective/entropy": (entropy.sum(), float(entropy.numel())),
-    }
-
-
-def with_metrics(total: Tensor, *groups: dict[str, tuple[Any, float]]) -> Loss:
-    """Build a loss from its total, a scalar, with the metrics of several groups."""
-    return Loss(total, {name: value for group in groups for name, value in group.items()})

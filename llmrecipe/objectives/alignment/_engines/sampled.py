@@ -6,15 +6,8 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrecipe.objectives.alignment._engines.rollout import (
-    HELD_OUT_METRICS,
-    RolloutPlan,
-    Rollouts,
-    Sample,
-    check_rewards,
-    held_out,
-    held_out_metrics,
-)
+from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Rollouts, Sample, check_rewards, held_out
+from llmrecipe.objectives.alignment._engines.rollout_metrics import HELD_OUT_METRICS, held_out_metrics
 from llmrecipe.objectives.base import Measures
 
 if TYPE_CHECKING:
