@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, PositiveInt, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
-from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
+from llmrecipe.methods.additive._engines import apt_gates, prefix_from_text, prefix_kv
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,7 +94,7 @@ class PrefixTuning(Wrapper):
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Fill the table from `init_text`."""
         if self.init == "text":
-            prefix_kv.start_from_text(model, self.name, self.plan(), probe.tokenizer, self.init_text)
+            prefix_from_text.start_from_text(model, self.name, self.plan(), probe.tokenizer, self.init_text)
 
     def structure(self, model: nn.Module) -> dict[str, Any]:
         """Return whether the MLP has been dropped."""

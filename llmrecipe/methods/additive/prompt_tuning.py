@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmrecipe.core.option_types import Literal, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
-from llmrecipe.methods.additive._engines import prefix_kv, virtual_tokens
+from llmrecipe.methods.additive._engines import prefix_from_text, virtual_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +62,7 @@ class PromptTuning(Wrapper):
     def calibrate(self, model: nn.Module, probe: Probe) -> None:
         """Copy the embeddings of `init_text`."""
         if self.init == "text":
-            ids = prefix_kv.text_ids(probe.tokenizer, self.init_text, self.num_virtual_tokens, self.name)
+            ids = prefix_from_text.text_ids(probe.tokenizer, self.init_text, self.num_virtual_tokens, self.name)
             virtual_tokens.copy_tokens(model, self.name, ids)
 
     def as_tokens(self, model: nn.Module) -> Tensor | None:
