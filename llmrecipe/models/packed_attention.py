@@ -9,12 +9,12 @@ prefix, and nothing else. Routes:
     varlen  `torch.nn.attention.varlen`, FlashAttention-2 inside torch: keys of the segments one after another
     flash   the same through the flash-attn package, which also knows soft caps and dropout, or through FlashAttention-3
             (`flash_attn_interface`) where it is installed, the GPU is a Hopper and there is no dropout
-    flex    FlexAttention with a block mask made from the layout: sinks, biased prefixes, prefixes with a sliding window
+    flex    FlexAttention (`packed_flex`): sinks, biased prefixes, prefixes with a sliding window
 
 `auto` takes, for each call, the first route of the device profile that can compute it: on a CPU the loop; on a GPU varlen, then
 flash, then flex, then the loop.
 
-Sources: FlashAttention-2 (arXiv 2307.08691), Flex Attention (arXiv 2412.05496), gpt-oss (sinks; arXiv 2508.10925).
+Source: FlashAttention-2 (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +32,11 @@ from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Layout
 from llmrecipe.core.lazy import is_installed, load_module
-from llmrecipe.models.attention_calls import Prefix, attend_one, in_reach, is_causal_in, repeat_heads, segment_mask, with_prefix
+from llmrecipe.models.attention_calls import Prefix, attend_one, is_causal_in, repeat_heads, segment_mask, with_prefix
+from llmrecipe.models.packed_call import Call
+from llmrecipe.models.packed_flex import attend_flex, flex_lacking, flex_refusal
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
     from llmrecipe.core.device_profile import Profile
 
 ONE_CALL = ("varlen", "flash", "flex")
@@ -48,39 +47,6 @@ FLASH_3_CAPABILITY = 9
 """Major compute capability that FlashAttention-3 is made for."""
 FLASH_HEAD_SIZE = 256
 """Largest head size of FlashAttention; head sizes are multiples of 8."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One attention call over a packed row."""
-
-    layout: Layout
-    q: Tensor
-    """(1, Hq, T, E)"""
-    k: Tensor
-    """(1, G, T, E)"""
-    v: Tensor
-    """(1, G, T, Ev)"""
-    prefixes: tuple[Prefix, ...]
-    causal: bool
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    """(Hq,)"""
-    scale: float | None
-    dropout: float
-
-    @property
-    def heads(self) -> int:
-        """Return the number of key/value heads that keys and prefixes can be given."""
-        return max(self.k.shape[1], *(p.k.shape[1] for p in self.prefixes), 1)
-
-    def columns(self, name: str) -> Tensor:
-        """Return the keys (`k`) or values (`v`) of all prefixes, then of all tokens, (C, G, E)."""
-        own = getattr(self, name)[0].transpose(0, 1)
-        parts = [getattr(p, name).to(own.dtype).transpose(1, 2).flatten(0, 1) for p in self.prefixes] + [own]
-        heads = self.heads
-        return torch.cat([repeat_heads(x, heads) for x in parts]) if self.prefixes else own
 
 
 def attend_packed(
@@ -132,11 +98,10 @@ def routes_of(profile: Profile, device: torch.device) -> tuple[str, ...]:
 
 def lacking(route: str, device: torch.device) -> str | None:
     """Return what a machine lacks for a route that trains; None where nothing."""
-    if device.type != "cuda":
-        return "has no backward pass on a CPU" if route == "flex" else f"needs a CUDA GPU, and the device is {device.type}"
     if route == "flex":
-        known = hasattr(_flex_module(), "AuxRequest")
-        return None if known else f"needs a newer torch than {torch.__version__}"
+        return flex_lacking(device)
+    if device.type != "cuda":
+        return f"needs a CUDA GPU, and the device is {device.type}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
         return f"needs a GPU of compute capability {'.'.join(map(str, FLASH_CAPABILITY))}"
     if route == "varlen" and _varlen() is None:
@@ -150,7 +115,7 @@ def route_refusal(route: str, call: Call) -> str | None:
     """Return why a route cannot compute a call; None where it can."""
     if call.q.shape[0] != 1:
         return "takes one packed row at a time"
-    return _flex_refusal(call) if route == "flex" else lacking(route, call.q.device) or _ragged_refusal(route, call)
+    return flex_refusal(call) if route == "flex" else lacking(route, call.q.device) or _ragged_refusal(route, call)
 
 
 # --- one call per document -------------------------------------------------------------------------------------------
@@ -309,104 +274,8 @@ def _flash_3(device: torch.device) -> Callable[..., Any] | None:
     return function if wanted <= set(inspect.signature(function).parameters) else None
 
 
-# --- FlexAttention ---------------------------------------------------------------------------------------------------
-
-
-def _flex_module() -> ModuleType:
-    return load_module("torch.nn.attention.flex_attention")
-
-
-def _flex_refusal(call: Call) -> str | None:
-    if call.dropout:
-        return "has no dropout of attention"
-    if call.q.dtype == torch.float64 and call.q.device.type == "cuda":
-        return "computes in float32 or less"
-    if call.q.device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
-        return lacking("flex", call.q.device)
-    return None
-
-
-def segment_rule(
-    layout: Layout, prefixes: tuple[Prefix, ...], causal: bool, window: int | None, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return FlexAttention's `mask_mod`: whether query q sees column k, prefix columns first."""
-    sizes = [(p.k.shape[0], p.k.shape[2]) for p in prefixes]
-    of_prefix = [s if count > 1 else -1 for count, size in sizes for s in range(count) for _ in range(size)]
-    owner: list[int] = []
-    place: list[int] = []
-    parent: list[int] = []
-    offset: list[int] = []
-    for number, segment in enumerate(layout.segments):
-        above = -2 if segment.parent is None else segment.parent
-        owner += [number] * segment.length
-        place += range(segment.length)
-        parent += [above] * segment.length
-        offset += [0 if segment.parent is None else layout.segments[above].length] * segment.length
-    before = len(of_prefix)
-    host = torch.tensor([[*of_prefix, *owner], [0] * before + place, [0] * before + parent, [0] * before + offset])
-    owners, places, parents, offsets = host.to(device).unbind(0)
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        q = q + before
-        own, above = owners[k] == owners[q], owners[k] == parents[q]
-        at = places[k] + torch.where(own, offsets[k], 0)
-        token = (own | above) & in_reach(places[q] + offsets[q], at, causal, window)
-        return torch.where(k < before, (owners[k] < 0) | own, token)
-
-    return sees
-
-
-def block_mask(call: Call) -> BlockMask:
-    """Return FlexAttention's block mask of a call, made once per batch for each width of window and set of prefixes."""
-    device, layout = call.q.device, call.layout
-    sizes = tuple((p.k.shape[0], p.k.shape[2]) for p in call.prefixes)
-    key = ("block mask", sizes, call.causal, call.window, device)
-    if key not in layout.cache:
-        rule = segment_rule(layout, call.prefixes, call.causal, call.window, device)
-        tokens = call.q.shape[2]
-        columns = tokens + sum(count * size for count, size in sizes)
-        layout.cache[key] = _flex_module().create_block_mask(rule, None, None, tokens, columns, device=device.type)
-    return layout.cache[key]
-
-
-def _score(call: Call) -> Callable[..., Tensor] | None:
-    """Return FlexAttention's `score_mod`: the soft cap, then the bias of prefix columns."""
-    cap, bias = call.softcap, None
-    if any(p.bias is not None for p in call.prefixes):
-        parts = [(p.k.new_zeros(p.k.shape[2]) if p.bias is None else p.bias).repeat(p.k.shape[0]) for p in call.prefixes]
-        bias = torch.cat([*(x.to(call.q.dtype) for x in parts), call.q.new_zeros(call.q.shape[2])])
-    if cap is None and bias is None:
-        return None
-
-    def changed(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        capped = score if cap is None else torch.tanh(score / cap) * cap
-        return capped if bias is None else capped + bias[k]
-
-    return changed
-
-
-def _flex(call: Call) -> Tensor:
-    k, v = (call.columns(name).transpose(0, 1)[None] for name in ("k", "v"))
-    out, aux = _flex_function(call.q.device.type)(
-        call.q, k, v, _score(call), block_mask(call), call.scale, k.shape[1] != call.q.shape[1],
-        return_aux=_flex_module().AuxRequest(lse=call.sinks is not None),
-    )  # fmt: skip
-    if call.sinks is None:
-        return out
-    # A logit s without a value scales a head's output by Z / (Z + e^s), Z the sum of exp over the columns seen.
-    kept = torch.sigmoid(aux.lse - call.sinks.to(aux.lse.dtype).view(1, -1, 1))
-    return out * kept.to(out.dtype)[..., None]
-
-
-@functools.cache
-def _flex_function(device: str) -> Callable[..., Any]:
-    """Return FlexAttention, compiled where there is a kernel: as it stands it writes out all T x C scores."""
-    function: Callable[..., Any] = _flex_module().flex_attention
-    return torch.compile(function) if device == "cuda" else function
-
-
 COMPUTE: dict[str, Callable[[Call], Tensor]] = {
     "varlen": functools.partial(_in_one_call, _varlen_kernel),
     "flash": functools.partial(_in_one_call, _flash_kernel),
-    "flex": _flex,
+    "flex": attend_flex,
 }

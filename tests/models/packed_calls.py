@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.forward_context import Layout, Segment
 from llmrecipe.models.attention_calls import Prefix
-from llmrecipe.models.packed_attention import Call, per_document
+from llmrecipe.models.packed_attention import per_document
+from llmrecipe.models.packed_call import Call
 
 DOCUMENTS = [(5, None), (1, None), (7, None)]
 SHARED = [(4, None), (3, 0), (2, 0), (6, None), (3, 3)]

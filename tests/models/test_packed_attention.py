@@ -10,7 +10,9 @@ from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models import packed_attention as routes
+from llmrecipe.models import packed_flex
 from llmrecipe.models.attention_calls import Prefix
+from llmrecipe.models.packed_call import Call
 from tests.models.packed_calls import CASES, call_of, flash, flash_3, layout_of, leaves, loop, varlen
 
 
@@ -20,7 +22,7 @@ def tolerance(case: str) -> dict[str, float]:
     return {"rtol": 1e-5, "atol": 5e-6} if rounded else {"rtol": 1e-8, "atol": 1e-10}
 
 
-def gradients(call: routes.Call, out: Tensor) -> list[Tensor]:
+def gradients(call: Call, out: Tensor) -> list[Tensor]:
     weights = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     return list(torch.autograd.grad((out * weights).sum(), leaves(call)))
 
@@ -47,20 +49,20 @@ def test_a_block_mask_opens_the_places_that_the_loop_opens(case: str) -> None:
     plain = dataclasses.replace(call, q=call.q * 0, v=values, prefixes=tuple(prefixes), sinks=None)
     seen = loop(plain)[0, 0] > 0
     queries, columns = torch.arange(seen.shape[0])[:, None], torch.arange(seen.shape[1])[None]
-    rule = routes.segment_rule(call.layout, call.prefixes, call.causal, call.window, torch.device("cpu"))
+    rule = packed_flex.segment_rule(call.layout, call.prefixes, call.causal, call.window, torch.device("cpu"))
     zero = torch.tensor(0)
     assert torch.equal(rule(zero, zero, queries, columns), seen)
 
 
 def test_blocks_without_an_open_place_are_not_visited() -> None:
     call = call_of([(200, None), (130, None), (60, 1)], window=100)
-    mask = routes.block_mask(call)
-    rule = routes.segment_rule(call.layout, (), True, 100, torch.device("cpu"))
+    mask = packed_flex.block_mask(call)
+    rule = packed_flex.segment_rule(call.layout, (), True, 100, torch.device("cpu"))
     places, zero = torch.arange(512).clamp_max(389), torch.tensor(0)
     seen = rule(zero, zero, places[:, None], places[None]).view(4, 128, 4, 128).any(3).any(1)
     assert torch.equal(mask.to_dense()[0, 0].bool(), seen)
     assert not seen.all()
-    assert routes.block_mask(call) is mask, "it is made once for all layers of a pass"
+    assert packed_flex.block_mask(call) is mask, "it is made once for all layers of a pass"
 
 
 @pytest.mark.parametrize("kernel", ["varlen", "flash", "flash 3"])
