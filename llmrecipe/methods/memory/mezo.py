@@ -16,12 +16,10 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.late_values import MetricSums
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.update_rule import StepContext, StepResult
+from llmrecipe.methods.memory._engines.perturbation import InPlace, Layerwise, Perturbation
 from llmrecipe.methods.memory._engines.replay import History, header_of, recall
 from llmrecipe.methods.memory._engines.zeroth_order import (
-    InPlace,
-    Layerwise,
     Noise,
-    Perturbation,
     StepEstimate,
     Trained,
     UpdateMoments,

@@ -18,6 +18,7 @@ from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, RecipeError, RunError
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.methods.memory._engines import perturbation
 from llmrecipe.methods.memory._engines import zeroth_order as zo
 from llmrecipe.methods.memory._engines.replay import entries, read_history_header, replay
 from llmrecipe.methods.memory.mezo import HISTORY_FILE, Mezo
@@ -253,7 +254,7 @@ def test_layerwise_restores_bit_for_bit_in_16_bit_with_tied_weights(tmp_path) ->
     run = make_run(model, tmp_path, run={"objective": Next(), "learning_rate": 0.0})
     for _ in range(5):
         run.step(IDS)
-    assert type(run.stack.rule().mode) is zo.Layerwise
+    assert type(run.stack.rule().mode) is perturbation.Layerwise
     assert same(model, before) and model.lm_head.weight is model.model.embed_tokens.weight
 
 
