@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines import selection, top_k
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
@@ -128,14 +128,14 @@ def reference_top(parts: list[tuple[str, torch.Tensor]], k: int) -> dict[str, li
 def test_top_k_is_exact_with_ties_by_lowest_index(values: list[list[float]], data: Any):
     parts = [(f"t{i}", torch.tensor(v, dtype=torch.float32)) for i, v in enumerate(values)]
     k = data.draw(st.integers(0, sum(map(len, values))))
-    got = selection.top_k([(n, t, None) for n, t in parts], k)
+    got = top_k.top_k([(n, t, None) for n, t in parts], k)
     assert {n: idx.tolist() for n, idx in got.items()} == reference_top(parts, k)
 
 
 def test_top_k_matches_torch_on_many_distinct_scores():
     generator = torch.Generator().manual_seed(0)
     parts = [(str(i), torch.rand(5000, generator=generator), None) for i in range(3)]
-    got = selection.top_k(parts, 777)
+    got = top_k.top_k(parts, 777)
     flat = torch.cat([p[1] for p in parts])
     want = flat.topk(777).indices.sort()[0]
     offset = torch.cat([got[str(i)] + 5000 * i for i in range(3)])
@@ -144,7 +144,7 @@ def test_top_k_matches_torch_on_many_distinct_scores():
 
 def test_nan_scores_are_refused():
     with pytest.raises(ModelError, match="NaN"):
-        selection.top_k([("a", torch.tensor([1.0, float("nan")]), None)], 1)
+        top_k.top_k([("a", torch.tensor([1.0, float("nan")]), None)], 1)
 
 
 def test_layer_groups_choose_the_same_entries():

@@ -11,7 +11,9 @@ from torch import nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate
-from llmrecipe.methods.selective._engines.sparse_delta import Selected, SparseDelta, embedding_gradient, product_gradient
+from llmrecipe.methods.selective._engines.base_weight import Selected
+from llmrecipe.methods.selective._engines.sparse_delta import SparseDelta
+from llmrecipe.methods.selective._engines.sparse_kernels import embedding_gradient, product_gradient
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,
@@ -463,7 +465,7 @@ def test_two_deltas_in_one_tensor_reload_to_the_bit(listed: tuple[str, str], dty
 
 
 def test_zeroth_order_steps_reach_the_values():
-    from llmrecipe.methods.memory._engines.zeroth_order import moved
+    from llmrecipe.methods.memory._engines.perturbation import moved
 
     model = tiny_model("llama")
     attach_chosen(model, "picked", pick(model, 0.05))

@@ -19,7 +19,7 @@ from llmrecipe.methods.memory._engines.matrix_units import (
     gradient_scores,
     unit_of,
 )
-from llmrecipe.methods.selective._engines.sparse_delta import Selected, Weight
+from llmrecipe.methods.selective._engines.base_weight import Selected, Weight
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,

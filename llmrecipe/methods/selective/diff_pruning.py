@@ -8,17 +8,17 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.option_types import Annotated, Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods.selective._engines.base_weight import Selected
 from llmrecipe.methods.selective._engines.hard_concrete import DiffGate
 from llmrecipe.methods.selective._engines.l0_phase import GatePhase
-from llmrecipe.methods.selective._engines.selection import top_k
-from llmrecipe.methods.selective._engines.sparse_delta import Selected
 from llmrecipe.methods.selective._engines.sparse_method import attach_chosen, base_weights, chosen_from
+from llmrecipe.methods.selective._engines.top_k import top_k
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from llmrecipe.methods.selective._engines.base_weight import Selected
     from llmrecipe.methods.selective._engines.hard_concrete import DiffGate
-    from llmrecipe.methods.selective._engines.sparse_delta import Selected
 
 
 @register

@@ -9,8 +9,8 @@ from llmrecipe.core.option_types import Annotated, Field, Literal, PositiveInt
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.base_weight import Selected
 from llmrecipe.methods.selective._engines.counter_rng import uniform
-from llmrecipe.methods.selective._engines.sparse_delta import Selected
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,

@@ -20,8 +20,8 @@ from llmrecipe.methods.selective._engines.weight_groups import chosen_of, famili
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from llmrecipe.methods.selective._engines.base_weight import Selected
     from llmrecipe.methods.selective._engines.hard_concrete import GroupGate
-    from llmrecipe.methods.selective._engines.sparse_delta import Selected
     from llmrecipe.methods.selective._engines.weight_groups import GroupFamily
 
 GATED = ("l0_steps", "l0", "l0_per_parameter", "l0_warmup", "low", "high", "alpha_init", "w_lr_scale", "alpha_lr_scale")

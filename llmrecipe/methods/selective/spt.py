@@ -11,8 +11,7 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods._engines.low_rank import LowRank
 from llmrecipe.methods.selective._engines import selection
-from llmrecipe.methods.selective._engines.selection import pattern
-from llmrecipe.methods.selective._engines.sparse_delta import Selected
+from llmrecipe.methods.selective._engines.base_weight import Selected
 from llmrecipe.methods.selective._engines.sparse_method import (
     SparseMethod,
     attach_chosen,
@@ -21,6 +20,7 @@ from llmrecipe.methods.selective._engines.sparse_method import (
     sparse_hooks,
 )
 from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter, Tunable, add_structured, allocate
+from llmrecipe.methods.selective._engines.top_k import pattern
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.module_map import anatomy
 

@@ -17,8 +17,8 @@ from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.memory._engines.matrix_units import ActivationSums, Unit, chosen_units
 from llmrecipe.methods.memory.smt import Smt
+from llmrecipe.methods.selective._engines.base_weight import Selected
 from llmrecipe.methods.selective._engines.blocks import block_totals, gather_blocks, put_blocks
-from llmrecipe.methods.selective._engines.sparse_delta import Selected
 from llmrecipe.methods.selective._engines.sparse_method import attach_chosen, candidates, sparse_hooks
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from llmrecipe.training.memory_estimate import optimizer_bytes, retained_bytes, saved_bytes

@@ -13,9 +13,9 @@ from torch import nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._engines.low_rank import LowRank
-from llmrecipe.methods.selective._engines.selection import pattern
 from llmrecipe.methods.selective._engines.sparse_method import sparse_hooks
 from llmrecipe.methods.selective._engines.spt_allocation import SequentialAdapter, Tunable, allocate, cost
+from llmrecipe.methods.selective._engines.top_k import pattern
 from llmrecipe.methods.selective.spt import Spt
 from llmrecipe.models.hooks.hook import all_hooks
 from tests.methods.probe import language_probe

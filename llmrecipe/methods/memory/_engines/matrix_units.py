@@ -23,8 +23,8 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import current
 from llmrecipe.methods._base.method import Probe
 from llmrecipe.methods.selective._engines import selection
+from llmrecipe.methods.selective._engines.base_weight import Selected, Weight, is_conv1d
 from llmrecipe.methods.selective._engines.blocks import block_totals
-from llmrecipe.methods.selective._engines.sparse_delta import Selected, Weight, is_conv1d
 
 if TYPE_CHECKING:
     from llmrecipe.methods._base.update_rule import Processes

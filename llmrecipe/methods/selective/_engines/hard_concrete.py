@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.selective._engines.base_weight import Weight
 from llmrecipe.methods.selective._engines.counter_rng import uniform
-from llmrecipe.methods.selective._engines.sparse_delta import Weight
 from llmrecipe.models.autograd_context import AutogradContext
 from llmrecipe.models.hooks.hook import DELTA, Hook
 

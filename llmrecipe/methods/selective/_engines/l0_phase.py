@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._base.method import ParamGroup
+from llmrecipe.methods.selective._engines.base_weight import Selected, Weight
 from llmrecipe.methods.selective._engines.hard_concrete import Gated, GateTied
-from llmrecipe.methods.selective._engines.sparse_delta import Selected, Weight
 from llmrecipe.methods.selective._engines.sparse_kernels import gather_selected
 from llmrecipe.methods.selective._engines.sparse_method import SparseMethod, attach_chosen, sparse_hooks
 from llmrecipe.models.hooks.hook import add_hook, all_hooks, remove_hook

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.methods.selective._engines.base_weight import Selected, Weight, is_conv1d
 from llmrecipe.methods.selective._engines.blocks import block_size
 from llmrecipe.methods.selective._engines.sparse_delta import (
     DIRECT_BELOW,
     Mode,
-    Selected,
     SelectionWriter,
     SparseDelta,
     SparseGradient,
     SparseTied,
-    Weight,
-    is_conv1d,
 )
 from llmrecipe.methods.selective._engines.sparse_kernels import gather_selected
 from llmrecipe.models.excluded import excluded

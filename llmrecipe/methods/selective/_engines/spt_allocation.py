@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._engines import low_rank
-from llmrecipe.methods.selective._engines.selection import counts_at, top_k
+from llmrecipe.methods.selective._engines.top_k import counts_at, top_k
 from llmrecipe.models.hooks.hook import SERIAL, Hook, add_hook, device_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def allocate(tunables: Sequence[Tunable], keys: Sequence[Tensor], budget: int, s
     """Find the largest tau whose cost is within the budget.
 
     Args:
-        keys: bit patterns of each tensor's sensitivities (see `selection.pattern`).
+        keys: bit patterns of each tensor's sensitivities (see `top_k.pattern`).
 
     Raises:
         ModelError: the budget buys nothing.

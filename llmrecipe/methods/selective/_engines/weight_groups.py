@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
-from llmrecipe.methods.selective._engines.sparse_delta import Layout, Selected, Weight, is_conv1d
+from llmrecipe.methods.selective._engines.base_weight import Selected, Weight, is_conv1d
+from llmrecipe.methods.selective._engines.sparse_kernels import Layout
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
 from llmrecipe.models.module_map import anatomy
 
