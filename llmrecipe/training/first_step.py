@@ -13,9 +13,9 @@ import torch
 
 from llmrecipe.core.errors import ProofError
 from llmrecipe.methods._base.method import Wrapper
-from llmrecipe.methods._base.stack import is_head, own_tensors
 from llmrecipe.methods._base.update_rule import LateResult
-from llmrecipe.models.hooks.hook import all_hooks, recorded_calls
+from llmrecipe.models.hooks.hook import all_hooks, own_tensors, recorded_calls
+from llmrecipe.models.task_heads import is_head
 from llmrecipe.training import build_run
 
 if TYPE_CHECKING:

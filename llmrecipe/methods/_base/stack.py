@@ -13,20 +13,18 @@ import yaml
 from torch import Tensor, nn
 
 from llmrecipe.core import registry
-from llmrecipe.core.errors import ModelError, RecipeError, UserError
+from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._base.method import ParamGroup, Probe, Stage, Wrapper
+from llmrecipe.methods._base.stack_checks import check_legal, named_in_errors, refuse_idle, refuse_modality
 from llmrecipe.models import task_heads
 from llmrecipe.models.excluded import excluded
 from llmrecipe.models.hooks.fp32_master import raise_to_master
 from llmrecipe.models.hooks.hook import all_hooks, own_tensors
 from llmrecipe.models.hooks.shared_module import shared_modules
-from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.sharded import is_sharded
 from llmrecipe.models.stored_tensors import copy_saved
 from llmrecipe.models.task_heads import is_head
-from llmrecipe.models.vocabulary import reads_images
-from llmrecipe.recipe.stack_rules import Declared, refusals
 
 if TYPE_CHECKING:
     from llmrecipe.methods._base.update_rule import UpdateRule
@@ -73,8 +71,8 @@ class Stack:
         """
         expanded: list[Wrapper] = []
         for wrapper in self.wrappers:
-            _refuse_modality(model, wrapper)
-            with _named(wrapper):
+            refuse_modality(model, wrapper)
+            with named_in_errors(wrapper):
                 parts = wrapper.expand(model)
             if parts != [wrapper]:
                 self.hybrids[wrapper.name] = parts
@@ -82,15 +80,15 @@ class Stack:
         self.wrappers = sorted(expanded, key=lambda w: w.stage)
         check_legal(self.wrappers)
         for wrapper in self.wrappers:
-            _refuse_modality(model, wrapper)
-            with _named(wrapper):
+            refuse_modality(model, wrapper)
+            with named_in_errors(wrapper):
                 wrapper.attach(model, (structures or {}).get(wrapper.name))
-            _refuse_idle(model, wrapper.name)
+            refuse_idle(model, wrapper.name)
             if wrapper.role:
                 for _, _, _, hook in all_hooks(model, wrapper.name):
                     hook.roles = frozenset({wrapper.role})
         for wrapper in self.wrappers:
-            with _named(wrapper):
+            with named_in_errors(wrapper):
                 wrapper.check_attached(model)
         self.set_trainable(model)
 
@@ -329,61 +327,6 @@ def base_parameters(model: nn.Module) -> int:
 
 def _inside(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
-
-
-def _refuse_modality(model: nn.Module, wrapper: Wrapper) -> None:
-    """Refuse a wrapper that is made for what this model does not read.
-
-    Raises:
-        ModelError: naming both, and what to use instead.
-    """
-    reads = "images" if reads_images(model) else "text"
-    if wrapper.modality and wrapper.modality != reads:
-        kind = registry.name_of(type(wrapper))
-        raise ModelError(
-            f"stack.{wrapper.name}: {kind} is for models that read {wrapper.modality}, and this one reads {reads}; "
-            f"{wrapper.otherwise}"
-        )
-
-
-def _refuse_idle(model: nn.Module, name: str) -> None:
-    """Refuse hooks at an embedding that only lends its weight: they would be saved as learned and do nothing."""
-    idle = idle_embedding(model)
-    path = next((path for path, module, _, _ in all_hooks(model, name) if module is idle), None)
-    if path is not None:
-        raise ModelError(
-            f"stack.{name}: {path} only lends its weight to the embeddings of encoder and decoder and is never called, so that "
-            f"what is added to it would do nothing; leave embed out of stack.{name}.target, or train entries of the weight "
-            "itself with a method such as fishmask"
-        )
-
-
-@contextlib.contextmanager
-def _named(wrapper: Wrapper) -> Iterator[None]:
-    """Prefix errors of a wrapper with its entry of the stack."""
-    try:
-        yield
-    except UserError as error:
-        if f"stack.{wrapper.name}" in str(error):
-            raise
-        raise type(error)(f"stack.{wrapper.name}: {error}") from error
-
-
-def check_legal(wrappers: list[Wrapper]) -> None:
-    """Refuse impossible stacks, naming both sides and the reason.
-
-    Raises:
-        RecipeError: a reused name, what `stack_rules` forbids, or what options of a wrapper forbid.
-    """
-    names = Counter(w.name for w in wrappers)
-    for name, count in names.items():
-        if count > 1:
-            raise RecipeError(f"stack: two wrappers are called '{name}'")
-    for refusal in refusals([Declared.of_wrapper(w) for w in wrappers]):
-        raise RecipeError(f"stack.{refusal.name}: {refusal.text}")
-    for wrapper in wrappers:
-        with _named(wrapper):
-            wrapper.check_stack(wrappers)
 
 
 def _can_train(parameter: nn.Parameter) -> bool:
