@@ -27,8 +27,8 @@ from llmrecipe.interop.merge_options import MergeConfig
 from llmrecipe.models.checkpoint_path import TINY
 from llmrecipe.models.family import part_names_of
 from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.recipe.jsonschema import json_schema
-from llmrecipe.recipe.schema import DataSection
 from tests.interop.saved_runs import VOCABULARY
 from tests.pipelines import contract
 from tests.trainings import events, learned, train_recipe

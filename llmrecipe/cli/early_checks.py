@@ -13,7 +13,8 @@ from llmrecipe.core.errors import RecipeError
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
-    from llmrecipe.recipe.schema import DataSection, ModelSection, Recipe
+    from llmrecipe.recipe.data_section import DataSection
+    from llmrecipe.recipe.schema import ModelSection, Recipe
 
 TRAINING = ("train", "validation", "test")
 LOOK_INTO = 64 * 2**20
@@ -169,7 +170,8 @@ def check_data(data: DataSection, rows: str | None, splits: tuple[str, ...] = TR
     Raises:
         DataError: one is missing, damaged, or holds rows the objective cannot read.
     """
-    from llmrecipe.data.formats.sources import has_split, open_split, paths_of, place
+    from llmrecipe.data.formats.sources import place
+    from llmrecipe.data.formats.splits import has_split, open_split, paths_of
     from llmrecipe.data.tokenize_split import source_layout
 
     named = [*paths_of(data), *(setting for setting in (data.validation, data.test) if isinstance(setting, str))]

@@ -11,8 +11,8 @@ from llmrecipe.cli.fitted import Fitted
 from llmrecipe.core.errors import DataError, RecipeError, UserError
 
 if TYPE_CHECKING:
-    from llmrecipe.data.formats.sources import Part
-    from llmrecipe.recipe.schema import DataSection
+    from llmrecipe.data.formats.splits import Part
+    from llmrecipe.recipe.data_section import DataSection
 
 USUAL = {
     "preference": ("dpo_lora", "a better and a worse answer to each prompt"),
@@ -63,8 +63,8 @@ def fit_recipe(
     from llmrecipe.data.formats.detect import check_mapping
     from llmrecipe.data.formats.guess import readings
     from llmrecipe.data.formats.mismatch import objectives_for
-    from llmrecipe.data.formats.sources import open_split
-    from llmrecipe.recipe.schema import DataSection
+    from llmrecipe.data.formats.splits import open_split
+    from llmrecipe.recipe.data_section import DataSection
 
     section = DataSection(path=file, columns=columns)
     part = open_split(section, "train")[0]
@@ -123,7 +123,7 @@ def _count(part: Part) -> int:
 
 def _settings(found: Fitted, section: DataSection, sample: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the recipe sets, without lengths."""
-    from llmrecipe.data.formats.sources import has_split
+    from llmrecipe.data.formats.splits import has_split
     from llmrecipe.recipe.compose import compose
     from llmrecipe.recipe.recipe_paths import presets
 
@@ -320,7 +320,7 @@ def readable(found: Fitted, path: Path) -> str | None:
 
 def _question(section: DataSection) -> str | None:
     """Return a short prompt of a training row that stands on a command line as it is; None where there is none."""
-    from llmrecipe.data.formats.sources import open_split
+    from llmrecipe.data.formats.splits import open_split
 
     part = open_split(section, "train")[0]
     prompts = (
@@ -333,7 +333,7 @@ def _question(section: DataSection) -> str | None:
 
 def _training_rows(section: DataSection) -> int:
     """Return how many rows of a file are left to train on."""
-    from llmrecipe.data.formats.sources import open_split
+    from llmrecipe.data.formats.splits import open_split
 
     return sum(part.chosen(row) for part in open_split(section, "train") for _, row in part.reader.stream())
 

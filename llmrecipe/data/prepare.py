@@ -15,14 +15,14 @@ from llmrecipe.data import validation
 from llmrecipe.data.cache import TokenTable, table_key, tokenizer_fingerprint
 from llmrecipe.data.features.read_file import FeatureReader
 from llmrecipe.data.features.table import feature_table
-from llmrecipe.data.formats.sources import NoSplitError, Part, open_split
+from llmrecipe.data.formats.splits import NoSplitError, Part, open_split
 from llmrecipe.data.streaming import StreamedRows, TokenStream
 from llmrecipe.data.token_blocks import WHOLE, BlockData, check_blocks
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize_split import build_table, plugin_code
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

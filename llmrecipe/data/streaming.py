@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, overload
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import validation
-from llmrecipe.data.formats.sources import HubStream, Part, open_split
+from llmrecipe.data.formats.sources import HubStream
+from llmrecipe.data.formats.splits import Part, open_split
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encode import RowEncoder
 from llmrecipe.data.tokenize.encoder import TWO_BOS
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize_split import make_encoder
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

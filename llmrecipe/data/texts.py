@@ -11,9 +11,10 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.detect import map_columns
 from llmrecipe.data.formats.messages import drop_fields
-from llmrecipe.data.formats.sources import HubStream, NoSplitError, Part, open_split
+from llmrecipe.data.formats.sources import HubStream
+from llmrecipe.data.formats.splits import NoSplitError, Part, open_split
 from llmrecipe.data.tokenize_split import source_layout
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 NO_TEXT = frozenset({"attributes", "columns", "features", "image", "kwargs", "label", "role", "score", "task", "tools", "type"})
 """Keys of canonical rows and of messages whose values are no text that is tokenized."""

@@ -17,7 +17,7 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.cache import TokenTable
 from llmrecipe.data.token_data import Row, TokenData
 from llmrecipe.data.token_report import Report
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 WHOLE = 1 << 30
 """Length limit of documents that are cut up later."""

@@ -27,12 +27,12 @@ from llmrecipe.data.cache import (
     tokenizer_fingerprint,
 )
 from llmrecipe.data.formats import detect
-from llmrecipe.data.formats.sources import Part
+from llmrecipe.data.formats.splits import Part
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.encode import RowEncoder, code_version
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.recipe.code_key import code_behind
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 if TYPE_CHECKING:
     import pyarrow as pa

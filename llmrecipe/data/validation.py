@@ -10,7 +10,7 @@ from llmrecipe.data.tokenize.encoder import TWO_BOS
 from llmrecipe.data.tokenize.passage_rows import NO_PASSAGE
 from llmrecipe.data.tokenize.sequences import NO_TARGET
 from llmrecipe.data.tokenize.truncation import CUT, NO_ROOM, TOO_LONG
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 FIXES = {
     CUT: "raise data.max_length, or set data.truncation=truncate_prompt_left",

@@ -10,12 +10,12 @@ import numpy as np
 
 from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.tasks import natural
-from llmrecipe.data.formats.sources import open_split
+from llmrecipe.data.formats.splits import open_split
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.evaluation.eval_recipe import recipe_of
 from llmrecipe.evaluation.evaluate_model import metrics_of, open_subject, subject_tasks, token_rows
 from llmrecipe.evaluation.evaluate_runs import TaskRows
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.training.intervals import all_ends
 
 MOST = 50

@@ -42,7 +42,7 @@ from llmrecipe.evaluation.evaluate_model import Subject
 from llmrecipe.objectives.alignment._engines.kl import kl_estimate
 from llmrecipe.objectives.alignment._engines.pairs import collate_pairs, policy_scores
 from llmrecipe.objectives.reward_interface import Answer, Rewards
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.training.intervals import RowScores, all_ends
 
 ROWS = 32

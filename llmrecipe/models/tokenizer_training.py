@@ -27,9 +27,10 @@ from llmrecipe.core.foreign import parse_json, read_json
 from llmrecipe.core.paths import cache_root
 from llmrecipe.data import texts
 from llmrecipe.data.cache import table_key
-from llmrecipe.data.formats.sources import Part
+from llmrecipe.data.formats.splits import Part
 from llmrecipe.data.texts import parts_of, texts_of
-from llmrecipe.recipe.schema import DataSection, TokenizerTrainingSection
+from llmrecipe.recipe.data_section import DataSection
+from llmrecipe.recipe.schema import TokenizerTrainingSection
 from llmrecipe.recipe.trained_tokenizer import special_tokens
 
 FACTS = "facts.json"

@@ -12,7 +12,8 @@ from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.inheritance import DefaultsChain
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS, PRESET_GROUPS, all_recipes, presets
 from llmrecipe.recipe.registered_names import list_names
-from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.section import Section
 from llmrecipe.recipe.yaml_file import short
 
 

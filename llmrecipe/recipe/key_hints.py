@@ -10,7 +10,8 @@ from llmrecipe.core import registry
 from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.provenance import leaves
 from llmrecipe.recipe.recipe_paths import COMPONENT_GROUPS
-from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.section import Section
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 
 OTHER_TRAINERS = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmrecipe.recipe import schema
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.section import Section
 from llmrecipe.recipe.yaml_file import KeyPath, short
 
 
@@ -57,28 +59,25 @@ def forget(origins: Origins, key: KeyPath) -> None:
 
 
 @functools.cache
-def _schema_lines() -> dict[str, dict[str, int]]:
-    """Return class -> field -> line, read from the schema's source."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    return {
-        node.name: {
-            item.target.id: item.lineno
-            for item in node.body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-        }
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-    }
+def _declared(section: type[Section]) -> tuple[Path, dict[str, int]]:
+    """Return the source file of a section and the line of each of its fields."""
+    file = Path(inspect.getfile(section))
+    body = next(
+        node.body
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == section.__name__
+    )
+    return file, {n.target.id: n.lineno for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
 
 
 def schema_origin(key: KeyPath) -> Origin:
     """Return the line of the schema that gives a key its default."""
-    lines = _schema_lines()
     head, inner = str(key[0]), [str(k) for k in key[1:]]
-    line = lines["Recipe"].get(head, 1)
-    field = schema.Recipe.model_fields.get(head)
-    owner = getattr(field.annotation, "__name__", "") if field is not None else ""
-    if inner and owner in lines:
-        own = lines[owner]
-        line = own.get(inner[0], own.get(f"{inner[0]}_", line))
-    return Origin("default", Path(schema.__file__), line)
+    field = Recipe.model_fields.get(head)
+    owner = field.annotation if field is not None else None
+    if inner and isinstance(owner, type) and issubclass(owner, Section):
+        file, lines = _declared(owner)
+        if line := lines.get(inner[0], lines.get(f"{inner[0]}_", 0)):
+            return Origin("default", file, line)
+    file, lines = _declared(Recipe)
+    return Origin("default", file, lines.get(head, 1))

@@ -1,54 +1,22 @@
 """The validated recipe: every top-level key, its type, its default and its meaning.
 
 `Recipe` is what the rest of the package receives. Components (`objective`, each entry of `stack`, `optim`, `schedule`)
-stay mappings here; `recipe.validate` turns them into their registered classes.
+stay mappings here; `recipe.validate` turns them into their registered classes. The sections `data` and `search` have files of
+their own.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    PrivateAttr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.option_types import StopText, registered
 from llmrecipe.core.time_limit import compiled
-
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def one_folder(name: str) -> str:
-    """Return a name that can be that of one folder, and of no folder above.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if not name.strip() or name in (".", "..") or len(name) > 200 or any(c in "/\\" or ord(c) < 32 for c in name):
-        raise ValueError("a name of one folder, without / and \\ (run.root says where it is)")
-    return name
-
-
-FolderName = Annotated[str, AfterValidator(one_folder)]
-Place = Annotated[str, Field(min_length=1)]
-"""A file, a folder or a name; empty text, as of a shell variable that is not set, would be the working folder."""
-
-
-class Section(BaseModel):
-    """A section of a recipe: strict types, finite numbers, unknown keys forbidden."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+from llmrecipe.recipe.data_section import DataSection
+from llmrecipe.recipe.search_section import SearchSection
+from llmrecipe.recipe.section import FolderName, Fraction, Place, Section
 
 
 class ModelSection(Section):
@@ -158,87 +126,6 @@ class ProcessorSection(Section):
         default_factory=dict,
         description="Values to set, such as size or image_mean; with `image_processor_type` (ViTImageProcessor) a new one.",
     )
-
-
-class DataSection(Section):
-    """Where rows come from and how they become tokens."""
-
-    path: Place | list[Place] | dict[Place, float] | None = Field(
-        None,
-        description="File, folder with train/valid/test files, hub name, `builtin:NAME`, list, or {path: weight}.",
-    )
-    shares: Literal["rows", "tokens"] = Field(
-        "rows",
-        description="What the weights of several sources are shares of: rows, or their targets, so that a source of long rows "
-        "gets no larger part of the loss than its weight says.",
-    )
-    format: str = Field(
-        "auto", description="Row format; `auto` detects and prints it.", json_schema_extra=registered("format", "auto")
-    )
-    columns: dict[str, str] = Field(default_factory=dict, description="Mapping wanted column -> column in the file.")
-    label_words: dict[int | str, str] = Field(
-        default_factory=dict,
-        description="Label -> the word that says it, such as {0: bad, 1: good}: rows of a text and a label become questions "
-        "with these words to choose from, for objective=choices.",
-    )
-    label_prompt: str = Field(
-        "{text}",
-        description="What `label_words` continue: text with columns of the row in braces, such as '{text} All in all, it was'.",
-    )
-    control: dict[str, Literal["rows", "words"]] = Field(
-        default_factory=dict,
-        description="For a control run, in which training rows teach nothing: column of the file -> `rows` (each row has the "
-        "value of another row) or `words` (each word of a text comes from another row). Validation and test stay as they are.",
-    )
-    validation: str | Share | None = Field(None, description="File or share of the training rows; default: the folder's own.")
-    test: str | Share | None = Field(None, description="Like validation; read once, after training.")
-    train_on: Literal["train", "train+validation"] = Field(
-        "train",
-        description="Rows that train. `train+validation` joins both splits, which leaves none to validate on: for the last "
-        "run, once its settings are chosen.",
-    )
-    max_length: PositiveInt = Field(1024, description="Longest row in tokens.")
-    truncation: str = Field(
-        "auto",
-        description="What happens to longer rows; `auto` splits plain text into consecutive rows and leaves out others.",
-        json_schema_extra=registered("truncation"),
-    )
-    blocks: bool = Field(
-        False,
-        description="Training rows of plain text have max_length tokens each, cut from all documents laid end to end; weights "
-        "of sources then count tokens. With packing=off tokens also see what is before their document.",
-    )
-    stride: PositiveInt | None = Field(
-        None,
-        description="Validation and test read a long text in windows of max_length that move on by this many tokens and "
-        "predict each token once; smaller gives more context. Default: windows share one token. Passages of questions are read "
-        "so in every split; default: windows move on by half of what they hold.",
-    )
-    packing: Literal["auto", "on", "off"] = Field("auto", description="Lay rows end to end without padding, isolated.")
-    limit: PositiveInt | None = Field(None, description="Use this many training rows, drawn with the seed.")
-    streaming: bool = Field(False, description="Read rows as they come; no shuffle beyond a buffer, no token cache.")
-    workers: NonNegativeInt = Field(0, description="Processes that tokenize; 0 picks one per core for large data.")
-    cache: bool = Field(True, description="Keep token ids on disk, keyed by content.")
-    system: str | None = Field(None, description="System message put before conversations that have none.")
-    drop_fields: list[str] = Field(
-        default_factory=list,
-        description="Fields of messages, and columns, to leave out where the chat template does not render them (name, tools).",
-    )
-    max_dropped: Share = Field(0.05, description="Largest share of rows that may be dropped before the run stops.")
-    max_line: PositiveInt = Field(1 << 26, description="Longest line of a file, in bytes.")
-    max_unpacked: PositiveInt = Field(1 << 30, description="Largest compressed file once unpacked, in bytes.")
-    max_pixels: PositiveInt = Field(1 << 26, description="Largest picture, in pixels.")
-    max_moved: float = Field(
-        0.5, ge=0.0, le=1.0, description="Largest share of rows whose prompt may lose its end to the answer's first token."
-    )
-
-    @field_validator("label_words")
-    @classmethod
-    def _one_kind(cls, given: dict[int | str, str]) -> dict[int | str, str]:
-        """Refuse labels of which some are numbers and some are text: they have no order, by which results are named."""
-        if len({type(label) for label in given}) > 1:
-            raise ValueError("labels that are all numbers, or all text")
-        return given
 
 
 class BatchWarmupSection(Section):
@@ -428,97 +315,6 @@ class RunSection(Section):
         0.1,
         description="Largest share of the last 100 steps (of all in a shorter run) that `on_nan: skip` leaves out.",
     )
-
-
-class RangeSection(Section):
-    """Numbers between two ends, both allowed; whole numbers where both ends are."""
-
-    low: int | float
-    high: int | float
-    log: bool = Field(False, description="Draw evenly in the logarithm.")
-    step: PositiveInt | PositiveFloat | None = Field(None, description="Only low + k * step.")
-
-    @model_validator(mode="after")
-    def _ends(self) -> RangeSection:
-        if not self.low < self.high:
-            raise ValueError(f"a range whose low ({self.low}) is below its high ({self.high})")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("a range above 0 and without step where log is true")
-        return self
-
-
-class SearchSection(Section):
-    """What `llmrecipe search` tries."""
-
-    space: dict[str, list[Any] | RangeSection] = Field(
-        default_factory=dict, description="Key of the recipe -> values to choose from, or {low, high, log, step}."
-    )
-    sampler: Literal["tpe", "gp", "saas_map", "auto", "nsga2", "random", "grid", "stepwise"] = Field(
-        "tpe",
-        description="How the next trial is chosen: densities, a Gaussian process, one with a sparsity prior by BoTorch "
-        "(saas_map; auto takes it where it is installed, else gp), evolution, by chance; grid tries everything; stepwise fixes "
-        "one key after the other, each at the value that is best on average.",
-    )
-    against: list[Literal["parameters", "memory", "seconds"]] = Field(
-        default_factory=list,
-        description="Costs to make small while eval.monitor gets better: numbers a run leaves, peak MB, seconds of its steps.",
-    )
-    pick: Literal["best", "knee"] = Field(
-        "best", description="Trial of the front that becomes searched.yaml: the best score, or the bend of score over cost."
-    )
-    limits: dict[Literal["parameters", "memory", "seconds"], PositiveInt | PositiveFloat] = Field(
-        default_factory=dict, description="Largest cost of the trial that is picked."
-    )
-    start: list[dict[str, Any]] = Field(
-        default_factory=list, description="Points that are tried first, such as designs made by hand."
-    )
-    samples: PositiveInt = Field(
-        4, description="Trials stepwise makes for each value of a key, with the keys after it drawn by chance."
-    )
-    trials: PositiveInt = Field(20, description="Trials; grid and stepwise have as many as they need.")
-    parallel: PositiveInt = Field(
-        1,
-        description="Trials that run at once; a trial is chosen by what the rounds of that many before its own have shown.",
-    )
-    seeds: list[NonNegativeInt] = Field(
-        default_factory=list, description="Seeds each trial is run with; its value is their mean. Default: the recipe's seed."
-    )
-    seed: NonNegativeInt = Field(0, description="Seed of the sampler.")
-    lr_scaling: Literal["off", "sqrt", "linear"] = Field(
-        "off",
-        description="Multiply the learning rate of a trial by (b / b0)^(1/2) (sqrt: Adam) or b / b0 (linear: SGD), b its "
-        "batch.size and b0 the recipe's, so that optim.lr of the space is that of b0.",
-    )
-    final: bool = Field(
-        False,
-        description="Train the best point once more on training and validation rows together, for as long as its trial took to "
-        "its best evaluation, and score the test split once.",
-    )
-    prune: Literal["off", "halving", "median"] = Field(
-        "off", description="Stop trials early that are behind at an evaluation (needs eval.every)."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flat(cls, given: object) -> object:
-        """Flatten `optim: {lr: ...}` in the space to `optim.lr: ...`."""
-        if not isinstance(given, dict) or not isinstance(given.get("space"), dict):
-            return given
-        return {**given, "space": _flat_space(given["space"])}
-
-
-def _flat_space(space: dict[str, Any], at: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in space.items():
-        key = f"{at}.{name}" if at else str(name)
-        if isinstance(value, dict) and not set(value) & set(RangeSection.model_fields):
-            inner = _flat_space(value, key)
-        else:
-            inner = {key: value}
-        for path, choice in inner.items():
-            both = isinstance(found.get(path), dict) and isinstance(choice, dict)
-            found[path] = {**found[path], **choice} if both else choice
-    return found
 
 
 class Recipe(Section):

@@ -23,7 +23,8 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.core.redact import name_variables
 from llmrecipe.recipe.content_key import REFERENCE, content_key
 from llmrecipe.recipe.renames import new_words
-from llmrecipe.recipe.schema import LogSection, RunSection, Section
+from llmrecipe.recipe.schema import LogSection, RunSection
+from llmrecipe.recipe.section import Section
 
 GROUP = "step"
 RESULTS = ("model", "rows", "metrics")
@@ -127,8 +128,9 @@ def compose_step(kind: str, words: Sequence[str]) -> StepComposition:
     Raises:
         RecipeError: everything that is wrong, in one message.
     """
+    from llmrecipe.recipe.mistakes import report, translate
     from llmrecipe.recipe.overrides import parse_overrides
-    from llmrecipe.recipe.validate import check_component, report, translate
+    from llmrecipe.recipe.validate import check_component
 
     tree: dict[str, Any] = {}
     for word in parse_overrides(list(words), reserved=("hydra", "resume")):

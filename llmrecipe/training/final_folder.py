@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmrecipe.core.errors import RunError
-from llmrecipe.data.formats.sources import paths_of
+from llmrecipe.data.formats.splits import paths_of
 from llmrecipe.models import stored_heads
 from llmrecipe.models.attention_calls import stock_backend
 from llmrecipe.models.checkpoint_path import DELTA_FILE, describe_base

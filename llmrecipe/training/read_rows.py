@@ -24,8 +24,9 @@ from llmrecipe.models.image_processor import load_processor
 from llmrecipe.models.load import load_config, skeleton
 from llmrecipe.models.resolve_class import CLASSIFIERS, LANGUAGE, own_order
 from llmrecipe.models.vocabulary import vocabulary_size
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.recipe.provenance import Origins, leaves
-from llmrecipe.recipe.schema import DataSection, EvalSection, Recipe
+from llmrecipe.recipe.schema import EvalSection, Recipe
 from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs import delta, open_model
 

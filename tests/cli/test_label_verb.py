@@ -17,7 +17,7 @@ from llmrecipe.data import prepare
 from llmrecipe.data.formats.answered_prompts import read_answered
 from llmrecipe.data.toy import grammar
 from llmrecipe.evaluation.human_labels import Labels, questions
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 
 GOOD, BAD = f"{grammar.POLITE[0]} The owl is green.", f"{grammar.RUDE[0]} The owl is green."

@@ -16,9 +16,9 @@ from llmrecipe.cli.fitted import Fitted
 from llmrecipe.cli.fitted_recipe import USUAL, _leave_no_row_alone, _tag_settings
 from llmrecipe.core import registry
 from llmrecipe.data.formats.guess import readings
-from llmrecipe.data.formats.sources import open_split
+from llmrecipe.data.formats.splits import open_split
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.recipe.yaml_file import read_yaml
 
 ANIMALS = ("hen", "fox", "frog", "cow", "bird", "owl")

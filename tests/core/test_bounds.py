@@ -19,14 +19,15 @@ from llmrecipe.core.http_client import Client
 from llmrecipe.core.time_limit import BoundError, awaited, bounded, compiled, matches, within
 from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.readers import open_file
-from llmrecipe.data.formats.sources import open_split
+from llmrecipe.data.formats.splits import open_split
 from llmrecipe.data.tokenize.chat_templates import Template
 from llmrecipe.pipelines.search.space import grid_points
 from llmrecipe.recipe.compose import compose
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.recipe.interpolation import interpolate
 from llmrecipe.recipe.overrides import parse_overrides
 from llmrecipe.recipe.pipeline_plan import plan
-from llmrecipe.recipe.schema import DataSection, SearchSection
+from llmrecipe.recipe.search_section import SearchSection
 from llmrecipe.recipe.yaml_file import DEEPEST, load_bounded, read_yaml
 from tests.servers import server
 

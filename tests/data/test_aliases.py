@@ -16,7 +16,7 @@ from llmrecipe.data.formats.aliases import ALIASES, normal_name
 from llmrecipe.data.formats.data_format import data_format
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.token_data import TokenData
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from llmrecipe.data import prepare, tokenize_split
 from llmrecipe.data.cache import FILE, TableWriter, open_table, schema_of, to_batch
 from llmrecipe.data.tokenize.chat_templates import set_template
 from llmrecipe.data.tokenize.row_type import row_type
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
 

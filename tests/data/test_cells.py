@@ -18,7 +18,7 @@ from llmrecipe.data.formats.detect import detect, map_columns
 from llmrecipe.data.formats.messages import messages_of, tools_of
 from llmrecipe.data.formats.readers import open_file
 from llmrecipe.data.token_data import TokenData
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared
 

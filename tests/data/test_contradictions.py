@@ -17,7 +17,7 @@ from llmrecipe.core.errors import DataError, RecipeError
 from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.overlap import rows_with_shared_runs, shared_rows
 from llmrecipe.data.validation import warnings
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.runs.events import read_events
 from llmrecipe.training.dry_run import check
 from llmrecipe.training.read_rows import note_unread

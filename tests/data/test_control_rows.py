@@ -11,11 +11,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.sources import open_split
+from llmrecipe.data.formats.splits import open_split
 from llmrecipe.data.prepare import prepare
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.models.tiny import FOLDER
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER)
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from llmrecipe.data.features import table as tables
 from llmrecipe.data.features.read_file import FeatureReader
 from llmrecipe.data.overlap import shared_rows
 from llmrecipe.data.prepare import TokenData
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 from tests.pictures import save_picture, save_rows
 

@@ -16,8 +16,8 @@ from pyarrow import parquet
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.formats.readers import open_file
-from llmrecipe.data.formats.sources import open_split
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.data.formats.splits import open_split
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 
 ROWS = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]

@@ -18,7 +18,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.formats.readers import open_file
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
 U, A, B = turn("user", "u"), turn("assistant", "a"), turn("assistant", "b")

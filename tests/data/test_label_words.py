@@ -11,7 +11,7 @@ import pytest
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, prepare
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 
 WORDS = {0: "terrible", 1: "great", 2: "okay"}

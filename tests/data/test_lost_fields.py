@@ -13,7 +13,7 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.tokenize.chat_templates import set_template
 from llmrecipe.data.validation import warnings
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, trained_text, turn
 from tests.support import shared
 

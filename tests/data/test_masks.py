@@ -14,7 +14,7 @@ from llmrecipe.data.tokenize import assistant_turns
 from llmrecipe.data.tokenize.assistant_turns import common_prefix
 from llmrecipe.data.tokenize.encode import RowEncoder
 from llmrecipe.data.tokenize.special_tokens import Tokens
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import PREFIX_ONLY, byte_tokenizer, trained_text, turn
 from tests.support import shared
 

@@ -14,7 +14,7 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
 from llmrecipe.data.formats.data_format import Conversion, data_format, formats_of
 from llmrecipe.data.formats.detect import detect
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 
 NEEDS = {name: str(registry.spec("objective", name).facts["rows"]) for name in registry.names("objective")}

@@ -11,7 +11,7 @@ import pytest
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import TokenData, has_split, order, prepare
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 
 

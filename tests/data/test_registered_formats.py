@@ -21,7 +21,7 @@ from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.tokenize.encode import DECIDING
 from llmrecipe.data.tokenize.row_type import row_type
 from llmrecipe.data.tokenize_split import GROUPS
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
 ORDER = {

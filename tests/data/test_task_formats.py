@@ -13,7 +13,7 @@ from llmrecipe.core.tasks import Tasks
 from llmrecipe.data import prepare
 from llmrecipe.data.formats.data_format import Conversion, data_format
 from llmrecipe.data.formats.detect import detect
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 
 P3 = {

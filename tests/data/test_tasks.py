@@ -10,7 +10,7 @@ import pytest
 from llmrecipe.core.errors import DataError
 from llmrecipe.core.tasks import Tasks, common
 from llmrecipe.data import prepare
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.runs import open_model
 from tests.data.toys import byte_tokenizer
 from tests.trainings import train_recipe

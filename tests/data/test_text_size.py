@@ -17,7 +17,7 @@ from llmrecipe.data.tokenize.text_size import TextSize
 from llmrecipe.data.tokenize.truncation import Limit, fit_sequence, truncation
 from llmrecipe.models.load import load_tokenizer
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 
 TEXTS = ["One  day\nHana found a brown bag. " * 5, "我能吞下玻璃 🙂👩‍🚀 naïve  Žluťoučký " * 3, "a", " lead and trail \n\n"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmrecipe.data.texts import parts_of, texts_of
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.pictures import save_picture, save_rows
 
 

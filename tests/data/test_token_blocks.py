@@ -17,7 +17,7 @@ from llmrecipe.data import TokenData, order, prepare
 from llmrecipe.data.overlap import HASHES, shared_rows
 from llmrecipe.data.token_blocks import BlockData
 from llmrecipe.objectives.pretraining.clm import Clm
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer
 from tests.tiny import roles_for, tiny_model
 

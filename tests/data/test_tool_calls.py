@@ -14,7 +14,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.prompts import read_prompts
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.tokenize.chat_templates import Template, prompt_ids
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared
 

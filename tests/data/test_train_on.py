@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmrecipe.core.errors import DataError
-from llmrecipe.data.formats.sources import NoSplitError, has_split, open_split
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.data.formats.splits import NoSplitError, has_split, open_split
+from llmrecipe.recipe.data_section import DataSection
 
 JOINED = "train+validation"
 

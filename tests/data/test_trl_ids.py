@@ -11,7 +11,7 @@ import pytest
 from llmrecipe.data.templates.chatml import CHATML
 from llmrecipe.data.tokenize.chat_templates import set_template
 from llmrecipe.data.tokenize.encode import RowEncoder
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import PREFIX_ONLY, byte_tokenizer, turn
 from tests.support import shared
 

@@ -11,7 +11,7 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.tokenize.encode import RowEncoder
 from llmrecipe.data.tokenize.truncation import Limit, fit_answers, fit_prompt, fit_sequence, truncation
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, trained_text, turn
 
 LENGTHS = (1, 2, 5, 9, 16, 30)

@@ -14,7 +14,7 @@ from llmrecipe.data.formats.data_format import Conversion
 from llmrecipe.data.formats.detect import detect
 from llmrecipe.data.token_data import TokenData
 from llmrecipe.data.tokenize.chat_templates import ALPACA_PROMPT, set_template
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.support import shared
 

@@ -14,7 +14,7 @@ from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.templates.chatml import CHATML
 from llmrecipe.data.tokenize.chat_templates import set_template, template_of, turn_end_tokens
 from llmrecipe.data.validation import warnings
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data import prepare
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 
 TEXTS = ["the harbour was frozen", "snowflakes fell", "the frozen snowflakes"] * 4
 SPECIAL = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}

@@ -13,7 +13,7 @@ from llmrecipe.data import TokenData, prepare
 from llmrecipe.data.formats.prompts import read_prompts
 from llmrecipe.feedback.rewards.function import FUNCTIONS, reward_function
 from llmrecipe.objectives.reward_interface import Answer, Rewards
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.training.dry_run import check
 from tests.data.toys import byte_tokenizer
 from tests.support import shared

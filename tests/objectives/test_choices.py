@@ -19,7 +19,7 @@ from llmrecipe.data.prepare import prepare
 from llmrecipe.engine.generation import prompt_and_references
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, ranked_texts, unlikelihood
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.training.build_run import check_objective
 from tests.data.toys import byte_tokenizer
 from tests.models.configs import tiny

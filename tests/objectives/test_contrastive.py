@@ -30,7 +30,8 @@ from llmrecipe.objectives.pretraining._engines import contrast, embedding_metric
 from llmrecipe.objectives.pretraining._engines.comparison import Candidates, Comparison, Vectors, compare
 from llmrecipe.objectives.pretraining.contrastive import Contrastive
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import BatchSection, DataSection, ModelSection, TokenizerSection
+from llmrecipe.recipe.data_section import DataSection
+from llmrecipe.recipe.schema import BatchSection, ModelSection, TokenizerSection
 from llmrecipe.runs.open_model import tokenizer_of
 from llmrecipe.training.dry_run import examine
 from tests.objectives.harness import triple

@@ -19,7 +19,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.interop.load_run import open_run
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.pretraining.dae import Dae
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.training.dry_run import check
 from tests.data.toys import byte_tokenizer
 from tests.objectives.test_encoder_decoder import pair_model

@@ -32,7 +32,7 @@ from llmrecipe.objectives.finetuning._engines.answer_spans import (
     span_loss,
 )
 from llmrecipe.objectives.finetuning.extractive_qa import ExtractiveQa, pieces_of, windows_of
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.training.dry_run import check
 from tests.objectives.harness import passage
 from tests.support import shared

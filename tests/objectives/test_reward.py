@@ -22,7 +22,8 @@ from llmrecipe.models.optimizations import speed_up
 from llmrecipe.objectives.alignment._engines.scoring import add_reward, score_sequences
 from llmrecipe.objectives.alignment.reward import Reward, calibration_error, normalisation, reward_loss
 from llmrecipe.objectives.correlations import correlation
-from llmrecipe.recipe.schema import DataSection, ModelSection, TokenizerSection
+from llmrecipe.recipe.data_section import DataSection
+from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs.open_model import open_model
 from tests.data.toys import byte_tokenizer
 from tests.methods.reparameterized.test_lora import fill

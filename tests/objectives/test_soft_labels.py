@@ -19,7 +19,7 @@ from llmrecipe.objectives.alignment.ipo import Ipo
 from llmrecipe.objectives.alignment.orpo import Orpo
 from llmrecipe.objectives.alignment.simpo import Simpo
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.training.dry_run import examine
 from tests.data.toys import byte_tokenizer
 from tests.methods.reparameterized.test_lora import fill

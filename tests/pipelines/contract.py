@@ -19,7 +19,8 @@ from llmrecipe.data import prepare
 from llmrecipe.models.checkpoint_path import TINY
 from llmrecipe.pipelines.steps.run_step import run_step
 from llmrecipe.pipelines.steps.workspace import SPLITS
-from llmrecipe.recipe.schema import DataSection, ModelSection
+from llmrecipe.recipe.data_section import DataSection
+from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.recipe.step_spec import Buildable, compose_step
 
 STEPS = registry.names("step")

@@ -14,7 +14,7 @@ from llmrecipe.data import prepare
 from llmrecipe.data.toy import grammar
 from llmrecipe.feedback.judges.rule import Rule, judge_rule
 from llmrecipe.pipelines.steps.run_step import run_step
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.recipe.step_spec import compose_step
 from tests.data.toys import byte_tokenizer
 

@@ -17,7 +17,7 @@ from llmrecipe.pipelines.search.samplers import new_study, sample_trial
 from llmrecipe.pipelines.search.space import distributions, drawn_of, point_of
 from llmrecipe.pipelines.search.study import Search
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import SearchSection
+from llmrecipe.recipe.search_section import SearchSection
 from tests.methods.hybrid.test_autopeft import area, sampled
 from tests.pipelines.test_search import Lab, lab, searched
 

@@ -15,7 +15,8 @@ from llmrecipe.cli.app import run_command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import compose
-from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.section import Section
 from llmrecipe.recipe.validate import build_component
 
 BAD = (math.inf, -math.inf, math.nan)

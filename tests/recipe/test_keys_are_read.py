@@ -11,7 +11,8 @@ import pytest
 
 from llmrecipe.core import registry
 from llmrecipe.core.registry import PACKAGE
-from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.section import Section
 
 WORK = [p for p in sorted(PACKAGE.rglob("*.py")) if "recipe" not in p.relative_to(PACKAGE).parts[:1]]
 """Everything but the code that composes and validates recipes, which handles every key alike."""
@@ -61,7 +62,7 @@ def schema_fields() -> list[tuple[str, str]]:
 def test_every_key_of_the_schema_is_read_by_the_work(section: str, name: str) -> None:
     readers = [p.relative_to(PACKAGE).as_posix() for p in WORK if name in attributes(p)]
     # `split` of the data decides by name which of the two keys it reads.
-    readers += ["data/formats/sources.py"] if section == "data" and name in ("validation", "test") else []
+    readers += ["data/formats/splits.py"] if section == "data" and name in ("validation", "test") else []
     # Sizes of the mesh and the backend decide what is refused before any work; keys of the device profile are read for it.
     rules = [PACKAGE / "recipe" / f"{rule}.py" for rule in ("sharding_rules", "profile_keys")]
     readers += [path.name for path in rules if section == "runtime" and name in attributes(path)]

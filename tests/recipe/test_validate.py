@@ -13,7 +13,8 @@ import pytest
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.recipe.compose import compose, compose_mapping, section_defaults
-from llmrecipe.recipe.schema import Recipe, Section
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.section import Section
 from llmrecipe.recipe.validate import build_component, instantiate, validate
 
 Project = Callable[..., Path]

@@ -10,7 +10,7 @@ import pytest
 from llmrecipe.cli.app import run_command
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.prepare import prepare
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from llmrecipe.runs.looks import FILE, note_look, read_looks
 from llmrecipe.runs.run_record import read_run
 from tests.data.toys import byte_tokenizer

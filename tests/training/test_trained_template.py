@@ -30,7 +30,7 @@ from llmrecipe.feedback.judges.labeller import Ask
 from llmrecipe.feedback.judges.local import Local
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.interop.peft.exporter import export_peft
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.recipe.data_section import DataSection
 from tests.data.toys import byte_tokenizer, turn
 from tests.trainings import train_recipe
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.prompts import ANSWERS
-from llmrecipe.data.formats.sources import open_split
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.data.formats.splits import open_split
+from llmrecipe.recipe.data_section import DataSection
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.formats.data_format import Conversion, DataFormat, data_format
 from llmrecipe.data.formats.detect import DetectedFormat, detect, map_columns
 from llmrecipe.data.formats.mismatch import COMMON, mapping_by_place, mapping_text, nearest_mapping
-from llmrecipe.data.formats.sources import Part
+from llmrecipe.data.formats.splits import Part
 
 Row = dict[str, Any]
 

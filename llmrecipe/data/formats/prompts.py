@@ -10,8 +10,8 @@ from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats import detect
 from llmrecipe.data.formats.bad_row import BadRow, need_columns
 from llmrecipe.data.formats.data_format import Conversion
-from llmrecipe.data.formats.sources import open_split
-from llmrecipe.recipe.schema import DataSection
+from llmrecipe.data.formats.splits import open_split
+from llmrecipe.recipe.data_section import DataSection
 
 ANSWERS = ("prompt", "completion", "completions", "chosen", "rejected", "label", "margin", "messages", "conversations")
 """Columns that would give a row with a new answer another format."""

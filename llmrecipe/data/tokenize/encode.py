@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmrecipe.data.formats.readers import Reader
-    from llmrecipe.recipe.schema import DataSection
+    from llmrecipe.recipe.data_section import DataSection
 
 DECIDING = ("formats", "masks", "row_formats", "row_types", "templates", "tokenize", "truncations")
 """Folders of the modules that decide token ids and masks."""

@@ -16,7 +16,7 @@ from llmrecipe.data.tokenize.truncation import Limit, truncation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmrecipe.recipe.schema import DataSection
+    from llmrecipe.recipe.data_section import DataSection
 
 TWO_BOS = "two leading BOS tokens"
 

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from llmrecipe.core.errors import RecipeError, did_you_mean
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.feedback.judges.labeller import Ask, short_hash
-from llmrecipe.recipe.schema import Section
+from llmrecipe.recipe.section import Section
 from llmrecipe.recipe.yaml_file import dotted, read_yaml
 
 FOLDER = ASSETS / "constitutions"
@@ -218,7 +218,7 @@ def read_constitution(name: str, where: str) -> Constitution:
     try:
         made = Constitution.model_validate(file.value)
     except ValidationError as error:
-        from llmrecipe.recipe.validate import translate
+        from llmrecipe.recipe.mistakes import translate
 
         wrong = [(m.key, m.text) for m in translate(error, file.value, Constitution, (), "a constitution")]
         raise RecipeError("\n".join(f"{file.where(*key)}: {dotted(key)}: {text}" for key, text in wrong)) from error

@@ -11,7 +11,7 @@ from llmrecipe.core.lazy import is_installed
 from llmrecipe.pipelines.search import space
 from llmrecipe.pipelines.search.study import Search
 from llmrecipe.pipelines.search.trial import Trial
-from llmrecipe.recipe.schema import RangeSection
+from llmrecipe.recipe.search_section import RangeSection
 
 
 def ranked(search: Search, trials: list[Trial]) -> list[Trial]:

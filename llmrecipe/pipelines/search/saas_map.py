@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from llmrecipe.pipelines.search import space
-from llmrecipe.recipe.schema import RangeSection, SearchSection
+from llmrecipe.recipe.search_section import RangeSection, SearchSection
 
 if TYPE_CHECKING:
     from botorch.acquisition import AcquisitionFunction

@@ -12,7 +12,7 @@ from llmrecipe.core.console import say_progress
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.lazy import is_installed
 from llmrecipe.pipelines.search import space
-from llmrecipe.recipe.schema import SearchSection
+from llmrecipe.recipe.search_section import SearchSection
 
 if TYPE_CHECKING:
     import optuna

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe.compose import Composition, compose
 from llmrecipe.recipe.overrides import as_word
-from llmrecipe.recipe.schema import RangeSection, Recipe, SearchSection
+from llmrecipe.recipe.schema import Recipe
+from llmrecipe.recipe.search_section import RangeSection, SearchSection
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -20,7 +20,7 @@ from typing import Any
 from llmrecipe.pipelines.search.costs import Losses
 from llmrecipe.pipelines.search.space import axes_values
 from llmrecipe.pipelines.search.trial import Trial
-from llmrecipe.recipe.schema import SearchSection
+from llmrecipe.recipe.search_section import SearchSection
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from llmrecipe.core.foreign import parse_json, reading
 from llmrecipe.core.score_intervals import Ends, with_interval
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
-from llmrecipe.data.formats.sources import has_split
+from llmrecipe.data.formats.splits import has_split
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
 from llmrecipe.pipelines.search.samplers import check_sampler, new_study, resolve_sampler, sample_trial

@@ -22,7 +22,7 @@ from llmrecipe.core.errors import RecipeError, RunError, UserError
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.core.score_intervals import Ends
 from llmrecipe.core.signals import handled_by
-from llmrecipe.data.formats.sources import has_split, open_split
+from llmrecipe.data.formats.splits import has_split, open_split
 from llmrecipe.pipelines.run_stages import run_stage
 from llmrecipe.recipe.overrides import as_word
 from llmrecipe.recipe.rights import rights_of
@@ -32,8 +32,9 @@ from llmrecipe.runs.run_dir import read_metrics
 if TYPE_CHECKING:
     from llmrecipe.pipelines.run_stages import Pipeline
     from llmrecipe.pipelines.search.trial import Trial
+    from llmrecipe.recipe.data_section import DataSection
     from llmrecipe.recipe.pipeline_plan import Planned
-    from llmrecipe.recipe.schema import DataSection, EvalSection, ModelSection, Recipe
+    from llmrecipe.recipe.schema import EvalSection, ModelSection, Recipe
 
 FINAL_WORDS = (
     "search=null",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmrecipe.data.formats.prompts import Prompt
     from llmrecipe.evaluation.evaluate_model import Subject
     from llmrecipe.pipelines.steps.workspace import Work
-    from llmrecipe.recipe.schema import DataSection
+    from llmrecipe.recipe.data_section import DataSection
 
 PREFIX = {"validation": "eval"}
 """Split -> its prefix in the metrics of a training."""

@@ -77,9 +77,9 @@ def check_truth(truth: str, where: str) -> None:
     Raises:
         RecipeError: naming the rules there are.
     """
-    from llmrecipe.data.formats.sources import open_split
+    from llmrecipe.data.formats.splits import open_split
     from llmrecipe.feedback.judges.rule import rules
-    from llmrecipe.recipe.schema import DataSection
+    from llmrecipe.recipe.data_section import DataSection
 
     if truth in rules():
         return

@@ -21,7 +21,7 @@ from llmrecipe.pipelines.search.space import distributions, point_of, point_word
 from llmrecipe.pipelines.search.study import Search
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import Planned
-from llmrecipe.recipe.schema import SearchSection
+from llmrecipe.recipe.search_section import SearchSection
 from tests.methods.additive.harness import model_of
 from tests.methods.hybrid.written import stands_for
 
