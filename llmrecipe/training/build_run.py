@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers.utils import logging
 
-from llmrecipe.core.console import lasting
 from llmrecipe.core.device_profile import profile_of, use
-from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.tokenize.chat_templates import keep_trained_template
@@ -27,26 +22,23 @@ from llmrecipe.engine.reference_cache import ReferenceCache
 from llmrecipe.engine.reference_policy import PlannedRows
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.feedback.directions import direction
-from llmrecipe.methods._base.method import Stage, Wrapper
+from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
-from llmrecipe.models import new_token_rows
-from llmrecipe.models.chunked_ffn import chunk_feed_forward
-from llmrecipe.models.load import may_bypass_attention, prepare_for_training, skeleton
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
-from llmrecipe.models.resolve_class import HEAD_MODULES, NEW_HEADS
 from llmrecipe.optim.optimizer import Divide, Optimizer, build_optimizer, parameter_groups
 from llmrecipe.recipe.validate import instantiate
-from llmrecipe.runs import base_storage, delta, open_model
-from llmrecipe.runs.checkpoint_io import saved_structures
+from llmrecipe.runs import open_model
 from llmrecipe.runs.events import Events
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.accelerate_environment import check_environment
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
+from llmrecipe.training.build_model import build_model, everything_trains, seed_everything, stack_for
 from llmrecipe.training.model_checks import check_forward_pass
 from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data, test_rows
+from llmrecipe.training.recipe_checks import check_attention, check_chain, check_cuts, check_objective
 from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_profile import decided_profile
 from llmrecipe.training.run_state import Progress, RunState
@@ -55,14 +47,7 @@ if TYPE_CHECKING:
     from llmrecipe.data.prepare import SplitRows
     from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.compose import Composition
-    from llmrecipe.recipe.schema import ModelSection, Recipe
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    from llmrecipe.recipe.schema import Recipe
 
 
 @contextlib.contextmanager
@@ -168,25 +153,6 @@ def prepared(runtime: Runtime, roles: Roles, stack: Stack, unused: bool) -> nn.M
     return runtime.prepare(roles.engine, any(type(w).may_skip is not Wrapper.may_skip for w in stack), blocks)
 
 
-def build_model(
-    recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, resume: Path | None, device: str
-) -> open_model.LoadedModel:
-    """Load the model of a recipe and attach its stack.
-
-    Args:
-        device: kind of the device it will train on.
-        labels: class names of a classification head.
-        resume: a run directory whose newest checkpoint gives the structures (ranks, masks) of the stack.
-    """
-    model = open_for(recipe, objective, stack, labels, device)
-    objective.prepare_roles(model, base_is_frozen(stack))
-    objective.prepare_model(model.model, recipe.seed)
-    seed_everything(recipe.seed)
-    with lasting(f"attaching {', '.join(w.name for w in stack) or 'nothing'}"):
-        attach_stack(model, stack, everything_trains(stack), None if resume is None else saved_structures(resume))
-    return model
-
-
 def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, runtime: Runtime, scores: ReferenceCache) -> Roles:
     """Put the model on its device and wrap it in the engine, as the objective sees it.
 
@@ -204,111 +170,6 @@ def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, run
     roles.runtime = runtime
     roles.seed, roles.max_length = recipe.seed, recipe.data.max_length
     return roles
-
-
-def check_objective(objective: Objective, wrappers: list[Any]) -> None:
-    """Refuse an objective without gradients under a rule that needs them, and one whose examples nothing would read.
-
-    Raises:
-        RecipeError: no wrapper of the stack can train the objective.
-    """
-    if objective.gives_examples and not any(w.reads_examples for w in wrappers):
-        raise RecipeError(
-            f"objective: {delta.kind_name(objective)} trains a hypermodel that reads examples, and the stack has none; add "
-            "stack=[hypertuning]"
-        )
-    if not objective.has_gradient() and not any(w.stage is Stage.RULE for w in wrappers):
-        raise RecipeError("objective: it has no gradient; add an update rule that needs none, such as stack=[mezo]")
-
-
-def stack_for(objective: Objective, wrappers: list[Any]) -> Stack:
-    """Return the stack of a training: the recipe's wrappers, and those an objective adds for its roles."""
-    return Stack([*wrappers, *objective.role_wrappers(wrappers)])
-
-
-def on_meta(
-    recipe: Recipe,
-    objective: Objective,
-    stack: Stack,
-    labels: list[str] | None,
-    device: str,
-    structures: dict[str, Any] | None = None,
-) -> nn.Module:
-    """Build the model of a recipe on the meta device, with the stacks below it and its own attached.
-
-    Args:
-        structures: those of a stack that has made its choices.
-
-    Raises:
-        UserError: the stack does not fit the model.
-    """
-    base, saved, _ = open_model.resolve_section(recipe.model)
-    base, device = stored_as(base, stack, device)
-    tokenizer = open_model.tokenizer_of(recipe.model, recipe.tokenizer)
-    model = skeleton(base, rows_head=objective.model_head(), labels=labels, tokenizer=tokenizer, device=device)
-    layers = [*(saved.layers if saved else []), *open_model.imported(base, model)]
-    if not everything_trains(stack):
-        for wrapper in base_storage.storage_below(layers, stack.wrappers):
-            wrapper.attach(model)
-    for index, layer in enumerate(layers):
-        delta.mount_layer(model, layer, index)
-    objective.prepare_model(model, recipe.seed)
-    stack.attach(model, structures)
-    if recipe.runtime.ffn_rows is not None:
-        chunk_feed_forward(model, recipe.runtime.ffn_rows)
-    return model
-
-
-def check_chain(recipe: Recipe, wrappers: list[Wrapper]) -> None:
-    """Refuse, before weights are read, a stack that cannot be trained on the run that `model.path` names.
-
-    Raises:
-        RecipeError: nothing to continue, another way of storing the base than a continued run has, or a stack that does not go
-            together with what is below it.
-        ModelError: all weights are to train, and what is mounted cannot be merged into them.
-    """
-    section = recipe.model
-    base, saved, _ = open_model.resolve_section(section, tensors=False)
-    layers = saved.layers if saved is not None else []
-    if section.continue_:
-        check_continue(section.path, layers, wrappers, adapters=bool(base.adapters))
-    elif layers:
-        base_storage.check_change(layers, wrappers, section.path)
-        below = [delta.build_wrapper(n, m) for layer in layers for n, m in layer.wrappers.items()]
-        if everything_trains(Stack(wrappers)):
-            open_model.check_mergeable([w for w in below if w.stage in (Stage.INJECT, Stage.SELECT)])
-        elif not base_storage.base_wrappers(wrappers):
-            Stack([*base_storage.storage_below(layers, wrappers), *wrappers])
-
-
-def check_continue(path: str, layers: list[delta.Layer], wrappers: list[Wrapper], adapters: bool) -> None:
-    """Refuse `model.continue` where nothing can be continued, or where the base would be stored in another way."""
-    if adapters:
-        return
-    kept = [delta.build_wrapper(n, m) for n, m in layers[-1].wrappers.items()] if layers else []
-    if not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in kept):
-        raise RecipeError(
-            f"model.continue: {path} has no adapter to continue: it is no finished run, or one that trained every weight; "
-            "leave model.continue out, and training starts from its weights"
-        )
-    before, now = base_storage.base_wrappers(kept), base_storage.base_wrappers(wrappers)
-    if not base_storage.alike(before, now):
-        wanted = ", ".join(delta.kind_name(w) for w in before) or "no quantization"
-        raise RecipeError(
-            f"model.continue: the base of {path} is stored with {wanted}, and its adapters were fitted to that; keep it, or "
-            "leave model.continue out to train a new stack on top"
-        )
-
-
-def check_attention(recipe: Recipe, objective: Objective, wrappers: list[Wrapper], labels: list[str] | None) -> None:
-    """Refuse, before weights are read, a stack that changes attention in a model that does not let it.
-
-    Raises:
-        ModelError: it names the wrapper and the class of attention (see `models.hooks.hook.refuse_unrouted`).
-    """
-    base, _, _ = open_model.resolve_section(recipe.model)
-    if may_bypass_attention(base, objective.model_head()):
-        on_meta(recipe, objective, stack_for(objective, wrappers), labels, "cpu")
 
 
 def planned_rows(
@@ -330,95 +191,6 @@ def step_count(recipe: Recipe, rows: int, updates: int = 1) -> int:
     return BatchPlan.of(recipe.batch, rows).batches(recipe.epochs or 1.0) * updates
 
 
-def open_for(
-    recipe: Recipe, objective: Objective, stack: Stack, labels: list[str] | None, device: str
-) -> open_model.LoadedModel:
-    """Load the model of a recipe with its attention routed, its blocks optimized and earlier stacks mounted."""
-    logging.disable_progress_bar()
-    section, device = stored_as(recipe.model, stack, device)
-    model = open_model.open_model(
-        section,
-        recipe.tokenizer,
-        head=objective.model_head(),
-        labels=labels,
-        own=stack.wrappers,
-        seed=recipe.seed,
-        device=device,
-    )
-    if objective.model_head() in NEW_HEADS and recipe.model.init == "random":
-        model.model.new_heads = tuple(n for n in HEAD_MODULES if hasattr(model.model, n))
-    prepare_for_training(model.model, recipe.model)
-    if recipe.runtime.ffn_rows is not None:
-        chunk_feed_forward(model.model, recipe.runtime.ffn_rows)
-    return model
-
-
-def stored_as(section: ModelSection, stack: Stack, device: str) -> tuple[ModelSection, str]:
-    """Return the section that a model's weights are held by, and the kind of device that decides what its dtype `auto` means.
-
-    Full training keeps float32 master weights; autocast lowers the precision of the computation.
-    """
-    if not (everything_trains(stack) and all(w.masters for w in stack)):
-        return section, device
-    if section.dtype in ("bfloat16", "float16"):
-        return section.model_copy(update={"dtype": "float32"}), device
-    return section, "cpu" if section.dtype == "auto" else device
-
-
-def attach_stack(
-    model: open_model.LoadedModel, stack: Stack, everything: bool, structures: dict[str, Any] | None = None
-) -> None:
-    """Attach the stack; the layer of a continued run gives its structures and initial values, also on resume."""
-    if everything:
-        new_token_rows.fold_token_rows(model.model)
-    if everything and model.mounted:
-        open_model.merge_mounted(model)
-    if model.continued is None or structures not in (None, model.continued.structures):
-        stack.attach(model.model, structures)
-        return
-    missing = sorted(set(model.continued.wrappers) ^ {w.name for w in stack})
-    if missing:
-        raise RunError(
-            f"model.continue: the run was trained with stack [{', '.join(model.continued.wrappers)}], this recipe has "
-            f"[{', '.join(w.name for w in stack)}]; use the same stack, or drop model.continue to train on top of it"
-        )
-    stack.attach(model.model, model.continued.structures)
-    check_continued(model, stack)
-    stack.restore(model.model, model.continued.tensors)
-
-
-def check_continued(model: open_model.LoadedModel, stack: Stack) -> None:
-    """Refuse to continue adapters of another shape or scale, naming the options that fit.
-
-    Raises:
-        RunError: tensors or scales differ from what was saved.
-    """
-    found = {name: tuple(value.shape) for name, value in stack.delta(model.model).items()}
-    assert model.continued is not None, "only a continued run has a layer to compare with"
-    saved = {name: tuple(value.shape) for name, value in model.continued.tensors.items()}
-    kept = model.continued.wrappers
-    off = [w for w in stack if getattr(w, "alpha", None) != kept[w.name].get("alpha", getattr(w, "alpha", None))]
-    if found.items() >= saved.items() and not off:
-        return
-    wanted = [
-        f"stack.{name}.{option}={value}"
-        for name, mapping in kept.items()
-        for option in ("target", "r", "alpha", "rank_pattern", "alpha_pattern")
-        if (value := mapping.get(option))
-    ]
-    raise RunError(f"model.continue: the stack differs from the one that was trained; it had\n  {' '.join(wanted)}")
-
-
-def everything_trains(stack: Stack) -> bool:
-    """Return whether every weight trains: no wrapper freezes the base."""
-    return not any(w.stage in (Stage.INJECT, Stage.SELECT) for w in stack)
-
-
-def base_is_frozen(stack: Stack) -> bool:
-    """Return whether nothing in the stack changes a weight of the base."""
-    return not everything_trains(stack) and not any(w.stage is Stage.SELECT for w in stack)
-
-
 def compute_dtype(named: str, stored: torch.dtype, device: str) -> str:
     """Return the dtype that a model computes in: `auto` is the checkpoint's own, on a CPU float32."""
     if named != "auto":
@@ -433,21 +205,6 @@ def autocast_of(dtype: str, stack: Stack) -> torch.dtype | None:
     if everything_trains(stack):
         return torch.bfloat16 if dtype == "bfloat16" else torch.float16
     return None
-
-
-def check_cuts(optim: Optimizer, wrappers: list[Wrapper]) -> None:
-    """Refuse a method that shortens trained tensors under an optimizer whose state cannot be shortened with them.
-
-    Raises:
-        RecipeError: it names both.
-    """
-    cutting = next((w for w in wrappers if w.shortens()), None)
-    if cutting is not None and not optim.entrywise:
-        kind = type(optim).__module__.rsplit(".", 1)[-1]
-        raise RecipeError(
-            f"stack.{cutting.name}: it drops rows of trained tensors during the run, and the state of {kind} is not kept entry "
-            "by entry; use an optimizer such as adamw, ademamix, lion, rmsprop or sgd"
-        )
 
 
 def cut_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, axis: int, kept: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import delta
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
-from llmrecipe.training import build_run
+from llmrecipe.training import build_model, build_run, recipe_checks
 from llmrecipe.training.auxiliary_memory import auxiliary_bytes, copied_bytes
 from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, weight_warnings
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
@@ -208,18 +208,18 @@ def _build(composition: Composition, made: StackChoices | None, known: Profile |
     check_sections(settings)
     check_trackers(settings.log.trackers)
     parts.objective.read_folder(settings.model)
-    build_run.check_objective(parts.objective, parts.wrappers)
+    recipe_checks.check_objective(parts.objective, parts.wrappers)
     direction(settings.eval, parts.objective)
-    build_run.check_cuts(parts.optimizer, parts.wrappers)
+    recipe_checks.check_cuts(parts.optimizer, parts.wrappers)
     device = pick_device(settings.runtime.device)
     use(profile_for(settings, device, known))
     check_family(settings, parts.objective)
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
-    stack = build_run.stack_for(parts.objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
-    build_run.check_chain(settings, parts.wrappers)
+    stack = build_model.stack_for(parts.objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
+    recipe_checks.check_chain(settings, parts.wrappers)
     parts.objective.check(settings, data)
     check_monitor(settings, parts.objective, validation, composition.origins)
-    model = build_run.on_meta(settings, parts.objective, stack, labels, device, made.structures if made else None)
+    model = build_model.on_meta(settings, parts.objective, stack, labels, device, made.structures if made else None)
     check_model_fits(settings, parts.objective, data, validation, labels)
     later = [w for w in stack if w.calibrates()] if made is None else []
     return _Built(composition, parts, device, data, validation, labels, stack, model, later)
@@ -241,7 +241,7 @@ def _memory(built: _Built, made: StackChoices | None, follow: bool) -> tuple[Est
         memory = follow_pass(memory, settings, built.data, built.labels, built.device, made)
     else:
         memory = replace(memory, unpredicted="stages and trials are not followed through their models")
-    models = built.parts.objective.held_models(settings, build_run.base_is_frozen(stack))
+    models = built.parts.objective.held_models(settings, build_model.base_is_frozen(stack))
     held, unread = auxiliary_bytes(models, built.device)
     return replace(memory, auxiliary=held + (copied_bytes(model) if built.copied else 0)), unread
 

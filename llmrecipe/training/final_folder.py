@@ -19,7 +19,7 @@ from llmrecipe.runs import delta, model_card
 from llmrecipe.runs.checksums import write_checksums
 from llmrecipe.runs.durable import ASIDE, put_in_place, share_as_folder, sync_tree
 from llmrecipe.runs.run_dir import IDENTITY
-from llmrecipe.training import build_run, finite_check, run_identity
+from llmrecipe.training import build_model, finite_check, run_identity
 
 if TYPE_CHECKING:
     from llmrecipe.training.run_state import RunState
@@ -40,7 +40,7 @@ def write_final(run: RunState, metrics: dict[str, Any], documents: dict[str, dic
         shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        if build_run.everything_trains(run.stack) and not run.loaded.layers:
+        if build_model.everything_trains(run.stack) and not run.loaded.layers:
             save_whole(run, aside / "model")
         else:
             delta.write_stack(aside, saved_of(run))

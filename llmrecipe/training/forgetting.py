@@ -28,7 +28,7 @@ from llmrecipe.objectives.divergences import kl, on_top_tokens
 from llmrecipe.objectives.token_math import collate_tokens
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import FORGETTING
-from llmrecipe.training.build_run import base_is_frozen
+from llmrecipe.training.build_model import base_is_frozen
 from llmrecipe.training.intervals import ends
 from llmrecipe.training.read_rows import GENERAL_ROWS
 

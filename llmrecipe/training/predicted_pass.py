@@ -21,12 +21,12 @@ from llmrecipe.engine.row_reading import RowReading
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.hooks.hook import all_hooks
-from llmrecipe.models.load import may_bypass_attention, prepare_for_training
+from llmrecipe.models.load import may_bypass_attention
 from llmrecipe.models.optimizations import speed_up
 from llmrecipe.models.vocabulary import input_embedding
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import open_model
-from llmrecipe.training import build_run
+from llmrecipe.training import build_model, build_run
 from llmrecipe.training.measured_memory import vocabulary_of
 from llmrecipe.training.symbolic_pass import Away, NumberlessMode, PassBytes, measure_pass, numberless, same_kind
 
@@ -92,14 +92,14 @@ def predict_pass(
     objective = parts.objective
     objective.read_folder(recipe.model)
     objective.check(recipe, data)
-    stack = build_run.stack_for(objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
+    stack = build_model.stack_for(objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
     _refuse(recipe, objective, stack, chosen, device)
     fake, away = FakeTensorMode(allow_non_fake_inputs=True), Away()
+    host = None if device == "cpu" else (away.pack, away.unpack)
     with _stopped(), torch.random.fork_rng(devices=[]), kept_profiles():
         use(replace(profile_of(device), kind="cpu"))
-        model: Any = build_run.on_meta(recipe, objective, stack, labels, device, chosen.structures if chosen else None)
+        model: Any = build_model.on_meta(recipe, objective, stack, labels, device, chosen.structures if chosen else None, host)
         stack.before_step(model, 0)
-        prepare_for_training(model, recipe.model, None if device == "cpu" else (away.pack, away.unpack))
         numberless(model, fake, chosen.tensors if chosen else {})
         with NumberlessMode(fake):
             speed_up(model, same_kind)

@@ -36,7 +36,7 @@ from llmrecipe.runs.events import is_step
 from llmrecipe.runs.looks import note_look
 from llmrecipe.runs.run_dir import BEST
 from llmrecipe.runs.run_record import read_run
-from llmrecipe.training import build_run, finite_check, forgetting, run_identity
+from llmrecipe.training import build_model, build_run, finite_check, forgetting, run_identity
 from llmrecipe.training.evaluate import evaluate
 from llmrecipe.training.final_folder import write_final
 from llmrecipe.training.optimizer_state import (
@@ -295,7 +295,7 @@ def finish(run: RunState) -> None:
     run.roles.cache.save()
     run.objective.finish(run.roles)
     finite_check.check_finite(run)
-    with run.whole(everything=build_run.everything_trains(run.stack)), lasting("writing what the run leaves"):
+    with run.whole(everything=build_model.everything_trains(run.stack)), lasting("writing what the run leaves"):
         if run.runtime.is_main:
             record_changes(run)
             write_final(run, metrics, {f"test_{name}": content for name, content in breakdown.items()})

@@ -20,7 +20,7 @@ from llmrecipe.engine.generation import prompt_and_references
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.objectives.finetuning.choices import Choices, choice_softmax, ranked_texts, unlikelihood
 from llmrecipe.recipe.data_section import DataSection
-from llmrecipe.training.build_run import check_objective
+from llmrecipe.training.recipe_checks import check_objective
 from tests.data.toys import byte_tokenizer
 from tests.models.configs import tiny
 from tests.tiny import roles_for, tiny_model

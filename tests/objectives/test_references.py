@@ -18,7 +18,7 @@ from llmrecipe.engine import reference_model
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.selective.bitfit import Bitfit
 from llmrecipe.runs import open_model
-from llmrecipe.training import build_run
+from llmrecipe.training import build_model
 from tests.tiny import tiny_model
 from tests.trainings import curve, events, learned, resume, stop_after, train_recipe
 
@@ -207,7 +207,7 @@ def test_the_other_model_is_gone_before_the_policy_is_opened_and_asked_once(
         return call
 
     monkeypatch.setattr(reference_model, "open_model", opening(reference_model.open_model, True))
-    monkeypatch.setattr(build_run, "open_for", opening(build_run.open_for, False))
+    monkeypatch.setattr(build_model, "open_for", opening(build_model.open_for, False))
     words = [*SMALL, "data.validation=null", "steps=6", f"objective.reference={other}"]
     train_recipe(tmp_path / "first", recipe, *words)
     # Passes that find out how the model reads rows, and whether documents of a packed row stay apart, are not of the rows.

@@ -12,7 +12,8 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.checkpoint_path import TINY
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.validate import instantiate
-from llmrecipe.training.build_run import autocast_of, compute_dtype, open_for
+from llmrecipe.training.build_model import open_for
+from llmrecipe.training.build_run import autocast_of, compute_dtype
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

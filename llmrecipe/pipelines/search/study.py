@@ -19,30 +19,28 @@ the same time: then the result is a front, and `pick` and `limits` choose one of
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
 import shlex
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.apart import apart
 from llmrecipe.core.console import say_aside, say_progress
 from llmrecipe.core.errors import RecipeError, RunError
-from llmrecipe.core.foreign import parse_json, reading
 from llmrecipe.core.score_intervals import Ends, with_interval
 from llmrecipe.core.signals import handled_by
 from llmrecipe.core.steady_output import steady_output
 from llmrecipe.data.formats.splits import has_split
 from llmrecipe.pipelines.run_stages import Pipeline, run_stage, state_of
 from llmrecipe.pipelines.search import costs, space, stepwise
-from llmrecipe.pipelines.search.samplers import check_sampler, new_study, resolve_sampler, sample_trial
+from llmrecipe.pipelines.search.proposals import Proposed, propose, rounds
+from llmrecipe.pipelines.search.samplers import check_sampler, resolve_sampler
 from llmrecipe.pipelines.search.trial import Trial
+from llmrecipe.pipelines.search.trial_journal import TrialJournal
 from llmrecipe.pipelines.search.winner import FINAL_WORDS, Final, check_final, final_length, row_interval, run_final
 from llmrecipe.pipelines.subprocesses import Children, Machine
 from llmrecipe.recipe.code_key import code_of
@@ -51,9 +49,7 @@ from llmrecipe.recipe.content_key import content_key
 from llmrecipe.recipe.extending import extending_yaml
 from llmrecipe.recipe.pipeline_plan import Plan, Planned
 from llmrecipe.recipe.pipeline_spec import WrittenStage
-from llmrecipe.recipe.renames import first_words, new_path
 from llmrecipe.recipe.rights import rights_of
-from llmrecipe.recipe.yaml_file import dotted
 from llmrecipe.runs.durable import write_text
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runs.run_record import read_run
@@ -80,7 +76,8 @@ class Search:
         self.evaluation = composition.recipe.eval
         run = composition.recipe.run
         self.folder = Path(run.dir) if run.dir is not None else Path(run.root) / f"{run.name or composition.name}-search"
-        self.section = resolve_sampler(space.axes_of(composition), self.folder / "trials.jsonl")
+        path = self.folder / "trials.jsonl"
+        self.section = resolve_sampler(space.axes_of(composition), path)
         command = shlex.join(["llmrecipe", "search", f"recipe={recipe}", *words])
         parallel = self.section.parallel
         machine = Machine(1, (), 1) if parallel == 1 else apart(lambda: Machine.here(parallel), "search.parallel")
@@ -92,6 +89,7 @@ class Search:
         self.final: Final | None = None
         own = ("run", "search")
         self.base = [w for w in words if w.lstrip("+~").split("=")[0].split(".")[0] not in own]
+        self.journal = TrialJournal(path, composition, self.section, lambda: compose(recipe, [*self.base, *OWN_WORDS]))
 
     def check(self) -> None:
         """Refuse settings with which no trial could run, before the first starts.
@@ -148,52 +146,18 @@ class Search:
         points = space.grid_points(self.section) if self.section.sampler == "grid" else None
         stepped = self.section.sampler == "stepwise"
         count = stepwise.size(self.section) if stepped else len(points) if points is not None else self.section.trials
-        trials = self._journal()
+        trials = self.journal.read()
         self.one_came_to_an_end = any(trial.state == "done" for trial in trials)
         with handled_by(self.pipeline.children.forward), ThreadPoolExecutor(self.section.parallel) as pool:
-            for numbers in self._rounds(count):
+            for numbers in rounds(self.section, count):
                 if numbers.stop > len(trials):
-                    proposed = self._round(trials[: numbers.start], numbers, points)
+                    proposed = propose(self.section, self.mode, trials[: numbers.start], numbers, points, self._losses)
                     self._run_round(pool, proposed[len(trials) - numbers.start :], trials)
         if all(trial.value is None for trial in trials):
             raise RunError(f"search: none of {len(trials)} trials came to an end; their messages stand above")
         return trials
 
-    def _rounds(self, count: int) -> Iterator[range]:
-        """Yield the numbers of the trials that run at once; a stepwise search decides a key before it goes on to the next."""
-        stepped = self.section.sampler == "stepwise"
-        ends = [block.last for block in stepwise.blocks(self.section)] if stepped else [count]
-        for start, end in zip((0, *ends), ends, strict=False):
-            for first in range(start, end, self.section.parallel):
-                yield range(first, min(first + self.section.parallel, end))
-
-    def _round(
-        self, known: list[Trial], numbers: range, points: list[dict[str, Any]] | None
-    ) -> list[tuple[int, dict[str, Any], optuna.Trial]]:
-        """Choose the points of a round, each by what earlier rounds have shown and what its own tries already."""
-        from optuna.trial import TrialState, create_trial
-
-        chosen: list[tuple[int, dict[str, Any], optuna.Trial]] = []
-        finished = [self._known(trial) for trial in known]
-        axes = space.distributions(self.section)
-        for number in numbers:
-            study = new_study(self.section, self.mode)
-            study.add_trials(finished)
-            for _, point, _ in chosen:
-                running = space.drawn_of(self.section, point)
-                study.add_trial(create_trial(state=TrialState.RUNNING, params=running, distributions=axes))
-            if points is None and number < len(self.section.start):
-                study.enqueue_trial(space.drawn_of(self.section, self.section.start[number]))
-            drawn = sample_trial(study, self.section, number)
-            point = points[number] if points is not None else space.point_of(self.section, drawn.params)
-            if self.section.sampler == "stepwise":
-                point = stepwise.point(self.section, known, number, self._losses)
-            chosen.append((number, point, drawn))
-        return chosen
-
-    def _run_round(
-        self, pool: ThreadPoolExecutor, proposed: list[tuple[int, dict[str, Any], optuna.Trial]], trials: list[Trial]
-    ) -> None:
+    def _run_round(self, pool: ThreadPoolExecutor, proposed: list[Proposed], trials: list[Trial]) -> None:
         """Run trials at once and record them in order; after a stop, those before the first that did not end.
 
         Raises:
@@ -216,7 +180,7 @@ class Search:
             trial = future.result()
             trials.append(trial)
             self.one_came_to_an_end |= trial.state == "done"
-            self._write(trial)
+            self.journal.write(trial)
 
     # --- one trial ------------------------------------------------------------------------------------------------
 
@@ -324,68 +288,7 @@ class Search:
 
         return enough
 
-    # --- what was tried -------------------------------------------------------------------------------------------
-
-    def _journal(self) -> list[Trial]:
-        """Read the trials of earlier starts; a line cut short by a kill is skipped."""
-        path = self.folder / "trials.jsonl"
-        if not path.is_file():
-            return []
-        remedy = "choose another run.dir, or delete the folder"
-        with reading(str(path), remedy):
-            text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if "".join(lines) != text:
-            write_text(path, "".join(lines))
-        trials = []
-        for number, line in enumerate(lines, 1):
-            with reading(f"{path}:{number}: this trial of the search is damaged", remedy):
-                entry = parse_json(line)
-                if number > 1:
-                    trials.append(Trial(**{**entry, **self._current(entry)}))
-            if number == 1 and entry != self._head():
-                raise RunError(f"{self.folder} holds a search of another space, recipe, data or plugin; {remedy}")
-        return trials
-
-    def _current(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the point of an earlier trial in the words of the space, and its reports by step."""
-        mapping = self.composition.mapping
-        point = {dotted(new_path(tuple(key.split(".")), mapping)): value for key, value in entry["point"].items()}
-        return {"point": point, "reports": {int(step): value for step, value in entry["reports"].items()}}
-
-    def _head(self) -> dict[str, Any]:
-        """Return what the trials of a journal have in common; the number of trials may grow."""
-        section = self.section.model_dump(mode="json", exclude={"trials", "pick", "limits", "final"})
-        section = {key: value for key, value in section.items() if value or key not in ("against", "start")}
-        if section["parallel"] == 1:
-            del section["parallel"]
-        if section["lr_scaling"] == "off":
-            del section["lr_scaling"]
-        if self.section.sampler != "stepwise":
-            del section["samples"]
-        first = first_words({**self.composition.mapping, "search": section})["search"]
-        return {"search": first, "recipe": content_key(compose(self.recipe, [*self.base, *OWN_WORDS]).mapping, {})}
-
-    def _write(self, trial: Trial) -> None:
-        path = self.folder / "trials.jsonl"
-        if not path.is_file() or not path.stat().st_size:
-            write_text(path, json.dumps(self._head()) + "\n")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(trial)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _known(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        """Convert a trial to Optuna's frozen trial."""
-        from optuna.trial import TrialState, create_trial
-
-        states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-        drawn = space.drawn_of(self.section, trial.point)
-        values = [trial.value or 0.0, *(trial.costs[key] for key in self.section.against)] if trial.state == "done" else None
-        return create_trial(
-            params=drawn, distributions=space.distributions(self.section), state=states[trial.state], values=values,
-            intermediate_values=trial.reports, system_attrs={**trial.rungs, **trial.generations},
-        )  # fmt: skip
+    # --- what was found -------------------------------------------------------------------------------------------
 
     def front(self, trials: list[Trial]) -> list[Trial]:
         """Return the trials that no other beats in score and in every cost, the cheapest first."""

@@ -20,7 +20,8 @@ from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.optim.optimizers.adamw import AdamW
 from llmrecipe.optim.optimizers.adamw_8bit import AdamW8bit
 from llmrecipe.runs.delta import rename_tensor
-from llmrecipe.training.build_run import check_cuts, optimizer_for
+from llmrecipe.training.build_run import optimizer_for
+from llmrecipe.training.recipe_checks import check_cuts
 from tests.interop.saved_runs import VOCABULARY, base_folder
 from tests.tiny import tiny_model
 
