@@ -87,16 +87,10 @@ def prepare(
     blocks = data.blocks and split == "train"
     if blocks:
         check_blocks(data, rows)
-    if data.streaming and row_type(rows).reads_files:
-        raise DataError("data.streaming: the files that rows name are prepared beforehand, so these rows cannot be streamed")
-    if data.streaming and split == "train":
-        if data.control:
-            raise DataError(
-                "data.control: the other rows of a stream are not known, so none can have their values; set streaming: false"
-            )
-        if data.shares == "tokens":
-            raise DataError("data.shares: the tokens of rows that are streamed are not known beforehand; use shares: rows")
-        return _streamed(data, tokenizer, rows, mask, seed, tasks, needs)
+    if data.streaming:
+        _check_streaming(data, rows, split)
+        if split == "train":
+            return _streamed(data, tokenizer, rows, mask, seed, tasks, needs)
     try:
         parts = open_split(data, split)
     except NoSplitError:
@@ -125,6 +119,22 @@ def prepare(
     if tasks is not None:
         tasks = tasks.resolve((value for table in tables for value in {*table.column("task")}), report.source)
     return TokenData(tables, weighted, key, report, labels, tasks)
+
+
+def _check_streaming(data: DataSection, rows: str, split: str) -> None:
+    """Refuse, for rows that are read on demand, what has to be known of all of them beforehand.
+
+    Raises:
+        DataError: it names the key.
+    """
+    if row_type(rows).reads_files:
+        raise DataError("data.streaming: the files that rows name are prepared beforehand, so these rows cannot be streamed")
+    if split == "train" and data.control:
+        raise DataError(
+            "data.control: the other rows of a stream are not known, so none can have their values; set streaming: false"
+        )
+    if split == "train" and data.shares == "tokens":
+        raise DataError("data.shares: the tokens of rows that are streamed are not known beforehand; use shares: rows")
 
 
 def _streamed(

@@ -44,5 +44,6 @@ def test_a_watched_metric_needs_its_column(recipe: str, words: list[str], messag
 
 
 def test_what_is_read_and_columns_that_are_there_pass() -> None:
-    check("outliers", QUIET)
-    check("contrastive", [*QUIET, "data.path=builtin:pairs", "objective.min_score=0.75", "eval.monitor=eval/spearman"])
+    assert check("outliers", QUIET).objective == "dae"
+    scored = ["data.path=builtin:pairs", "objective.min_score=0.75", "eval.monitor=eval/spearman"]
+    assert check("contrastive", [*QUIET, *scored]).objective == "contrastive"

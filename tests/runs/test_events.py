@@ -104,9 +104,11 @@ def test_a_line_with_odd_values_is_set_aside(line: str, tmp_path: Path, caplog: 
 
 
 def test_a_metric_that_is_no_number_is_not_drawn(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1, "loss": "x"}\n')
+    lines = ['{"event": "step", "step": 1, "loss": "x"}\n', '{"event": "step", "step": 2, "loss": 1.5}\n']
+    (tmp_path / "events.jsonl").write_text("".join(lines))
     events = Events(tmp_path, live="on")
-    events.resume(step=1, lines=1)
+    events.resume(step=2, lines=2)
+    assert isinstance(events.screen, Panel) and events.screen.losses == [1.5]
     events.close()
 
 
