@@ -4,7 +4,7 @@
     logits           positions whose logits exist at once: on a CPU as many as its last cache holds; on a GPU by free memory,
                      and where that allows as many as keep it busy, because the head's weight is read once for each chunk
     packed rows      routes of attention in the order they are tried (see `models.packed_attention`)
-    compile          whether blocks are compiled
+    compile          `blocks` compiles each block of the model; off everywhere until its gain is known net of the time it takes
     optimizer        torch's implementation of a step: one kernel for all tensors, one a list, or one a tensor
     entries, words   entries of a tensor, and 64-bit words of a checksum, that are worked on at once
 
@@ -61,7 +61,8 @@ class Decisions:
     logit_limit: int = 0
     """Bytes that a chunk does not exceed for the sake of them; 0 without a limit."""
     packed_attention: tuple[str, ...] = ("loop",)
-    compile: bool = False
+    compile: str = "off"
+    """`off` or `blocks`."""
     optimizer: str = "foreach"
     entries: int = 1 << 22
     words: int = 1 << 21
@@ -135,9 +136,14 @@ class Profile:
         return cast("tuple[str, ...]", self._value("packed_attention"))
 
     @property
+    def compiled(self) -> str:
+        """Return what of the model is compiled: off or blocks."""
+        return str(self._value("compile"))
+
+    @property
     def compile(self) -> bool:
-        """Return whether the model is compiled."""
-        return bool(self._value("compile"))
+        """Return whether blocks of the model are compiled."""
+        return self.compiled == "blocks"
 
     @property
     def optimizer(self) -> str:
@@ -175,6 +181,9 @@ def profile_from(stored: Mapping[str, Any]) -> Profile:
     for key, default in asdict(table).items():
         value = known.get(key, default)
         value = tuple(value) if isinstance(value, list) else value
+        if key == "compile" and isinstance(value, bool):
+            # As versions wrote it that had no other word.
+            value = "blocks" if value else "off"
         if type(value) is not type(default) or (type(value) is int and value < 0):
             raise ValueError(f"its device profile has {key}={value!r:.60}")
         found[key] = value

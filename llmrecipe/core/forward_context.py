@@ -8,8 +8,8 @@ did the first time.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Hashable, Iterator, Mapping, MutableMapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,23 +84,28 @@ class Context:
         return next((own for there, own in self.here if there is tensor), None)
 
 
-_PLAIN = Context()
-_current: ContextVar[Context] = ContextVar("llmrecipe_context", default=_PLAIN)
+class _Running(threading.local):
+    """The context of a thread's forward pass: an attribute, which `torch.compile` can trace, as it cannot a `ContextVar`."""
+
+    context = Context()
+
+
+_running = _Running()
 
 
 def current() -> Context:
     """Return the context of the forward pass that is running."""
-    return _current.get()
+    return _running.context
 
 
 @contextlib.contextmanager
 def activate(context: Context) -> Iterator[Context]:
     """Run a forward pass under a context."""
-    token = _current.set(context)
+    before, _running.context = _running.context, context
     try:
         yield context
     finally:
-        _current.reset(token)
+        _running.context = before
 
 
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:

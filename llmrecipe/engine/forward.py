@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from llmrecipe.models.resolve_class import language_head
 from llmrecipe.models.task_heads import FEATURES
 
 if TYPE_CHECKING:
+    from llmrecipe.models.compiled_blocks import CompiledBlocks
     from llmrecipe.models.pretrained import LanguageModel
 
 
@@ -55,11 +56,12 @@ class Critic:
 class Engine(nn.Module):
     """A model with every output an objective may need."""
 
-    def __init__(self, model: LanguageModel, autocast: torch.dtype | None = None, compile: bool = False):
+    def __init__(self, model: LanguageModel, autocast: torch.dtype | None = None):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self.compile_trunk = compile
+        self.compiled: CompiledBlocks | None = None
+        """Its blocks, where they are compiled."""
         self.one_by_one = False
         """Whether packed documents are attended in turn because one call for all did not give the model's states."""
         self.post = Post.of(model.config)
@@ -190,14 +192,9 @@ class Engine(nn.Module):
         with activate(dataclasses.replace(batch.context(), off=injected)):
             return (self._pair_pass(batch) if self.is_pair_model else self._pass(batch, (-1,)))[0][0]
 
-    @contextlib.contextmanager
-    def _uncompiled(self) -> Iterator[None]:
+    def _uncompiled(self) -> contextlib.AbstractContextManager[None]:
         """Compile nothing inside: probes have shapes that no batch has."""
-        kept, self.compile_trunk = self.compile_trunk, False
-        try:
-            yield
-        finally:
-            self.compile_trunk = kept
+        return contextlib.nullcontext() if self.compiled is None else self.compiled.off()
 
     def _by_length(
         self, batch: Batch, compute: Callable[[Batch], tuple[list[Tensor], Tensor | None]], whole: bool = False
@@ -278,7 +275,7 @@ class Engine(nn.Module):
         last = places == (-1,)
         if not last:
             inputs["output_hidden_states"] = True
-        out = self.traced(backbone)(**inputs)
+        out = backbone(**inputs)
         layers = [out.last_hidden_state] if last else [out.hidden_states[place] for place in places]
         return layers, auxiliary_loss(self.model.config, out, batch.attention_mask)
 
@@ -335,19 +332,6 @@ class Engine(nn.Module):
             states, auxiliary = self._pass(dataclasses.replace(batch, prompt_lengths=None), (-1,), ordered=True)
         return states[0], auxiliary if own is None or auxiliary is None else own + auxiliary
 
-    def traced(self, trunk: nn.Module) -> Callable[..., Any]:
-        """Return a part of the model to call: compiled for rows of any length where `compile` is on.
-
-        The module itself stays as it is, so that generation, whose shapes change at every token, is not compiled. Hooks stand
-        between the graphs: what they read of the context cannot be traced.
-        """
-        if not self.compile_trunk:
-            return trunk
-        found = self.__dict__.setdefault("_traced", {})
-        if id(trunk) not in found:
-            found[id(trunk)] = torch.compile(trunk, dynamic=True)
-        return found[id(trunk)]
-
     def _pair_pass(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
         """Return the last states of the decoder; the encoder reads `encoder_ids`, the decoder the batch's rows."""
         model, mask = self.model, batch.extra["encoder_mask"]
@@ -356,11 +340,11 @@ class Engine(nn.Module):
         with activate(own):
             encoder = model.get_encoder()
             read = _noised(encoder, batch.extra["encoder_ids"], batch.extra.get("encoder_noise"))
-            out = self.traced(encoder)(**read, attention_mask=mask)
+            out = encoder(**read, attention_mask=mask)
         decoder = model.get_decoder()
         # Its cross-attention has the encoder's mask, of which the batch's own rows say nothing.
         with activate(dataclasses.replace(current(), padded=None)):
-            answer = self.traced(decoder)(
+            answer = decoder(
                 **_noised(decoder, batch.input_ids, batch.extra.get("embedding_noise")),
                 attention_mask=batch.attention_mask,
                 encoder_hidden_states=out.last_hidden_state,
@@ -385,7 +369,7 @@ class Engine(nn.Module):
             return upcast(head(pooled.to(weight.dtype))), auxiliary
 
         def scored(rows: Batch) -> tuple[list[Tensor], Tensor | None]:
-            return [self.traced(self.model)(**self._inputs(rows)).logits], None
+            return [self.model(**self._inputs(rows)).logits], None
 
         return upcast(self._by_length(batch, scored, whole=True)[0][0]), None
 
@@ -405,7 +389,7 @@ class Engine(nn.Module):
 
         def scored(rows: Batch) -> tuple[list[Tensor], Tensor | None]:
             places = rows.position_ids + getattr(self.model, "position_offset", 0)
-            return [token_logits(self.traced(self.model)(**self._inputs(rows), position_ids=places))], None
+            return [token_logits(self.model(**self._inputs(rows), position_ids=places))], None
 
         return upcast(self._by_length(batch, scored)[0][0]), None
 

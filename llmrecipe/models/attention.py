@@ -36,6 +36,7 @@ from llmrecipe.models.attention_calls import (
     stock_backend,
     with_prefix,
 )
+from llmrecipe.models.hooks.between_graphs import call_apart
 from llmrecipe.models.hooks.hook import ROUTED, Hook, hooks_of, note_called
 from llmrecipe.models.packed_attention import attend_packed
 from llmrecipe.models.pretrained import pretrained
@@ -137,6 +138,19 @@ def _attention(backend: str, route: str) -> Callable[..., tuple[Tensor, Tensor |
         note_called(hooks)
         if layout is None and not hooks:
             return _stock(backend, module)(module, query, key, value, attention_mask, **kwargs)
+        # Documents of packed rows are other numbers in every batch.
+        return call_apart(computed, module, hooks, query, key, value, attention_mask, kwargs)
+
+    def computed(
+        module: nn.Module,
+        hooks: list[Hook],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        layout = current().layout
 
         def attended(
             q: Tensor, k: Tensor, v: Tensor, joined: tuple[Prefix, ...], kwargs: dict[str, Any], picked: PickedTokens | None

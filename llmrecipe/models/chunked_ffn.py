@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import checkpoint_contexts
+from llmrecipe.models.hooks.between_graphs import call_apart
 from llmrecipe.models.hooks.hook import hook_kind, hooks_of
 from llmrecipe.models.module_map import anatomy
 
@@ -52,6 +53,10 @@ def chunk_feed_forward(model: nn.Module, rows: int) -> int:
 
 def _chunked(self: nn.Module, *args: Tensor, **kwargs: object) -> Tensor:
     """Compute y = f(x) of x (..., D) chunk by chunk."""
+    return call_apart(_in_chunks, self, args, kwargs)
+
+
+def _in_chunks(self: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> Tensor:
     forward, rows = types.MethodType(type(self).forward, self), self.__dict__[ROWS]
     x = args[0] if args else None
     if x is None or len(args) != 1 or kwargs or x.numel() <= rows * x.shape[-1]:

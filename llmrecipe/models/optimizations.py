@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -147,7 +148,7 @@ def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _read_rows_forward(self: nn.Module, *args: object, **kwargs: object) -> object:
     """Compute y[read] = f(x[read]), (..., D) -> (..., D'), zero elsewhere; all rows where `Context.read` is unknown."""
-    inner = self.__dict__[BELOW_OUTERMOST] or types.MethodType(type(self).forward, self)
+    inner = self.__dict__[BELOW_OUTERMOST] or functools.partial(type(self).forward, self)
     context = current()
     if context.read is None or kwargs or len(args) != 1 or not _fits(self, args[0], context.positions, context.read):
         return inner(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Keys of memory that undo one another, or have not been shown to go together."""
+"""Keys of memory that undo one another."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ if TYPE_CHECKING:
 
 
 def memory_mistakes(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (key, what is wrong) for feed-forward layers in chunks whose products are to be kept, and for compiled graphs."""
+    """Yield (key, what is wrong) for feed-forward layers in chunks whose products are to be kept."""
     form = recipe.model.gradient_checkpointing
-    if recipe.model.compile and form in ("selective", "offload"):
-        yield (
-            ("model", "compile"),
-            f"a compiled graph has not been shown right under model.gradient_checkpointing={form}; leave it out, or set "
-            "model.gradient_checkpointing=true",
-        )
     if recipe.runtime.ffn_rows is not None and form == "selective":
         yield (
             ("runtime", "ffn_rows"),

@@ -32,8 +32,8 @@ def choices(recipe: Recipe) -> dict[str, Any]:
         found["logit_rows"] = recipe.runtime.logit_rows
     if recipe.model.packed_attention != "auto":
         found["packed_attention"] = (recipe.model.packed_attention,)
-    if recipe.model.compile:
-        found["compile"] = True
+    if recipe.model.compile != "auto":
+        found["compile"] = recipe.model.compile
     if recipe.runtime.optimizer_kernel != "auto":
         found["optimizer"] = recipe.runtime.optimizer_kernel
     return found
@@ -64,7 +64,7 @@ def profile_line(profile: Profile, recipe: Recipe, vocabulary: int | None, route
         "micro_tokens": f"micro-batches of at most {' and '.join(filter(None, (rows, tokens)))}",
         "logit_rows": f"logits of {profile.logit_rows(vocabulary):,} positions at once" if vocabulary else "",
         "packed_attention": f"packed attention by {' or '.join(routes)}" if routes else "",
-        "compile": f"compile {'on' if profile.compile else 'off'}",
+        "compile": f"compile {profile.compiled}",
         "optimizer": f"{profile.optimizer} optimizer",
     }
     said = [f"{text} ({KEYS[name]})" if profile.chosen.get(name) is not None else text for name, text in parts.items() if text]

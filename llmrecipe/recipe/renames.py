@@ -10,6 +10,7 @@ An old word is read in the minor version that renamed it and in the next one. Ea
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,12 @@ class Rename:
             >>> [RENAMES[0].is_read_in(version) for version in ("0.1.0", "0.2.3", "0.3.0")]
             [True, True, False]
         """
-        major, minor = (int(part) for part in version.split(".")[:2])
-        return (major, minor) <= (self.since[0], self.since[1] + 1)
+        return _is_read(self.since, version)
+
+
+def _is_read(since: tuple[int, int], version: str) -> bool:
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return (major, minor) <= (since[0], since[1] + 1)
 
 
 RENAMES = (
@@ -55,6 +60,30 @@ RENAMES = (
     Rename("agent", "judge", (0, 1), options_of=("critique", "label_ai", "judge"), group=True),
 )
 """Every renamed word."""
+
+
+@dataclass(frozen=True)
+class RenamedValue:
+    """An old value of a key of the recipe, and its new name."""
+
+    key: KeyPath
+    old: bool
+    new: str
+    since: tuple[int, int]
+    """Version (major, minor) that renamed it."""
+
+    def is_read_in(self, version: str) -> bool:
+        """Return whether a version of the package reads the old value."""
+        return _is_read(self.since, version)
+
+
+VALUES = (
+    RenamedValue(("model", "compile"), False, "off", (0, 1)),
+    RenamedValue(("model", "compile"), True, "blocks", (0, 1)),
+)
+"""Every renamed value."""
+FIRST: Mapping[KeyPath, Mapping[object, object]] = {("model", "compile"): {"auto": False, "off": False, "blocks": True}}
+"""What keys of results hold in the place of a key's newer values: those that did not exist stand for the first default."""
 SPACE = ("search", "space")
 """The mapping whose keys are themselves key paths of the recipe."""
 
@@ -78,6 +107,10 @@ def new_value(value: object, notes: list[str], at: KeyPath) -> object:
 def _new_value(value: object, notes: list[str], at: KeyPath, above: Above) -> object:
     if isinstance(value, list):
         return [_new_value(item, notes, (*at, place), (*above, value)) for place, item in enumerate(value)]
+    for renamed in VALUES:
+        if at[-2:] == renamed.key and value is renamed.old:
+            notes.append(f"{dotted(at)}: {json.dumps(value)} is called {renamed.new}")
+            return renamed.new
     if isinstance(value, str) and at[:1] == ("stages",):
         return _new_references(value, notes, at)
     return _new_words(value, notes, at, above) if isinstance(value, Mapping) else value
@@ -146,7 +179,7 @@ def rename_in_place(mapping: dict[str, Any], origins: Origins, notes: list[str])
 
 
 def first_words(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of components under their first names, so that the key of a result does not change with a word."""
+    """Return options and values under their first names, so that the key of a result does not change with a word."""
     return _first_words(mapping, (), ())
 
 
@@ -155,10 +188,16 @@ def _first_words(mapping: Mapping[Any, Any], at: KeyPath, above: Above) -> dict[
     return {_first(key, at, mapping, above): _first_words_in(inner, (*at, key), inside) for key, inner in mapping.items()}
 
 
+def first_value(key: KeyPath, value: object) -> object:
+    """Return a value of the recipe under its first name."""
+    first = FIRST.get(key[-2:], {})
+    return first.get(value, value) if isinstance(value, str) else value
+
+
 def _first_words_in(value: object, at: KeyPath, above: Above) -> object:
     if isinstance(value, list):
         return [_first_words_in(item, (*at, place), (*above, value)) for place, item in enumerate(value)]
-    return _first_words(value, at, above) if isinstance(value, Mapping) else value
+    return _first_words(value, at, above) if isinstance(value, Mapping) else first_value(at, value)
 
 
 Renaming = Callable[[str | int, KeyPath, object, Above], str | int]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.recipe.renames import RENAMES, new_path, new_words
+from llmrecipe.recipe.renames import RENAMES, VALUES, new_path, new_words
 from llmrecipe.recipe.yaml_file import parse_yaml, read_yaml, short
 
 
@@ -37,6 +37,10 @@ def rewrite_recipe(path: Path) -> Rewritten | None:
             lines[number - 1] = re.sub(
                 rf"(?<![\w.])([\"']?){re.escape(str(old))}(?=\1\s*:)", rf"\g<1>{new[0]}", lines[number - 1]
             )
+        for value in VALUES:
+            if key[-2:] == value.key:
+                old = rf"(?<![\w.])([\"']?{value.key[-1]}[\"']?\s*:\s*){_word(value.old)}(?!\w)"
+                lines[number - 1] = re.sub(old, rf"\g<1>{value.new}", lines[number - 1])
     text = "".join(lines)
     for rename in RENAMES:
         if rename.reference:
@@ -44,3 +48,9 @@ def rewrite_recipe(path: Path) -> Rewritten | None:
     if parse_yaml(text, path).value != wanted:
         raise RecipeError(f"{short(path)}: change these words by hand:\n  " + "\n  ".join(notes))
     return Rewritten(text, notes)
+
+
+def _word(value: bool) -> str:
+    """Return a regular expression of the ways to write true or false in YAML."""
+    word = str(value)
+    return f"(?:{word.lower()}|{word}|{word.upper()})"

@@ -44,7 +44,11 @@ class ModelSection(Section):
         "results of linear layers and fused attention, which leaves little to compute again (selective), its inputs, in the "
         "memory of the machine (offload).",
     )
-    compile: bool = Field(False, description="torch.compile the forward pass; pays off after thousands of steps.")
+    compile: Literal["auto", "off", "blocks"] = Field(
+        "auto",
+        description="torch.compile each transformer block (blocks), for rows of any length; it pays off after thousands of "
+        "steps. `auto`: off.",
+    )
     revision: str | None = Field(None, description="Hub revision.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint. Off unless you opt in; never read from a run."

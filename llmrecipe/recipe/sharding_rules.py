@@ -43,7 +43,7 @@ def sharding_mistakes(recipe: Recipe) -> Iterator[Found]:
             for option, values in dict(spec.facts.get("whole_options") or {}).items():
                 if (value := entry.get(option)) in values:
                     yield (*place, option), f"{value} is refused under runtime.shard={section.shard}: {values[value]}"
-    if section.shard in GATHERED and recipe.model.compile:
+    if section.shard in GATHERED and recipe.model.compile == "blocks":
         yield (
             ("model", "compile"),
             f"a compiled graph has not been shown right under runtime.shard={section.shard}; leave it out",

@@ -132,7 +132,8 @@ def _precision(text: str, recipe: Recipe) -> str | None:
 
 def _compile(text: str, recipe: Recipe) -> str | None:
     if text == "inductor" or text in NO:
-        return None if (text == "inductor") == recipe.model.compile else f"set model.compile={str(text == 'inductor').lower()}"
+        wanted = text == "inductor"
+        return None if wanted == (recipe.model.compile == "blocks") else f"set model.compile={'blocks' if wanted else 'off'}"
     return "model.compile uses inductor"
 
 

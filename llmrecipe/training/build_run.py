@@ -24,6 +24,7 @@ from llmrecipe.engine.role_models import Roles
 from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
+from llmrecipe.models import compiled_blocks
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
 from llmrecipe.optim.optimizer import Divide, Optimizer, build_optimizer, parameter_groups
@@ -120,6 +121,8 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         roles = build_roles(recipe, stack, model, runtime, scores)
         check_forward_pass(recipe, parts.objective, roles)
         roles.data, roles.events = data, events
+        if roles.engine.compiled is not None:
+            roles.engine.compiled.tell = events.warning
         if identity is not None:
             identity.tokenizer = model.tokenizer
         optimizer = None
@@ -164,7 +167,10 @@ def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, run
     speed_up(model.model)
     dtype = compute_dtype(recipe.model.dtype, model.model.stored_dtype, device.type)
     profile = profile_of(device)
-    engine = Engine(model.model, autocast_of(dtype, stack), profile.compile)
+    engine = Engine(model.model, autocast_of(dtype, stack))
+    if profile.compile:
+        selective = recipe.model.gradient_checkpointing == "selective"
+        engine.compiled = compiled_blocks.compiled_blocks(model.model, "compile" in profile.chosen, selective)
     packed = packing_for(recipe.data.packing, engine, device)
     roles = Roles(engine, stack, model.tokenizer, device, packed, recipe.batch.micro, profile.micro_tokens, scores)
     roles.runtime = runtime

@@ -6,8 +6,7 @@ that was never called would do nothing; neither would show in any loss.
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,15 +32,13 @@ def checked(rule: UpdateRule, run: RunState, micros: list[Batch]) -> StepResult:
     Raises:
         ProofError: a hook was never called, or a tensor never reached, and its wrapper does not say that this may be.
     """
-    # A compiled graph would be retraced for the watch, and its calls are not seen.
-    watch: Any = contextlib.nullcontext() if run.profile.compile else recorded_calls()
-    with watch as called:
+    # Compiled blocks run uncompiled inside, where calls can be seen.
+    with recorded_calls() as called:
         made = rule(run.step_context(), micros)
         result = made.read() if isinstance(made, LateResult) else made
     if not result.finite:
         return result
-    if called is not None:
-        _check_hooks(run, called)
+    _check_hooks(run, called)
     # A rule that brings its own update has no optimizer, and no gradients.
     if run.optimizer is not None:
         trained = {name: p.grad is not None for name, p in run.model.named_parameters() if p.requires_grad}

@@ -10,6 +10,7 @@ from llmrecipe.core.console import say_progress
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.foreign import reading
 from llmrecipe.recipe.provenance import leaves
+from llmrecipe.recipe.renames import first_value
 from llmrecipe.recipe.rights import KEYS
 from llmrecipe.recipe.yaml_file import KeyPath, dotted
 from llmrecipe.runs.checkpoint_io import latest_checkpoint, read_document
@@ -41,7 +42,8 @@ def changes_of(before: Mapping[str, Any], composition: Composition) -> Changes:
     for key in {**new, **old}:
         origin = composition.origins.get(key)
         unknown = key not in old and origin is not None and origin.kind == "default"
-        if not unknown and key not in (*KEYS, *PLACE) and old.get(key) != new.get(key):
+        same = first_value(key, old.get(key)) == first_value(key, new.get(key))
+        if not unknown and key not in (*KEYS, *PLACE) and not same:
             found[key] = (old.get(key), new.get(key))
     return found
 

@@ -170,6 +170,8 @@ class Run(RunState):
     def report_step(self, result: StepResult | LateResult, micros: list[Batch], seconds: float) -> None:
         """Write the step event, once its values are here, and the step into `status.json` every few seconds."""
         step = self.progress.step
+        if (compiled := self.roles.engine.compiled) is not None:
+            compiled.after_step(step)
         if time.monotonic() - self.noted > NOTED:
             self.dir.status("running", step=step)
             self.noted = time.monotonic()
@@ -215,8 +217,10 @@ class Run(RunState):
         Raises:
             RunError: there was one.
         """
+        compiled = self.roles.engine.compiled
         try:
-            yield
+            with contextlib.nullcontext() if compiled is None else compiled.explained():
+                yield
         except Exception:
             self.catch_up()
             raise
@@ -231,6 +235,7 @@ class Run(RunState):
             "tokens": int(total),
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             "peak_mem_mb": self.meter.peak_mb(),
+            **({} if self.roles.engine.compiled is None else {"graphs": self.roles.engine.compiled.graphs}),
             **self.batch_rows(),
             **self.utilisation(work, seconds),
         }
@@ -323,4 +328,6 @@ class Run(RunState):
 
     def finish(self) -> None:
         """Finish the run: best weights, test split, final folder, model card."""
+        if self.roles.engine.compiled is not None and self.runtime.is_main:
+            say_progress(self.roles.engine.compiled.summary())
         save_run.finish(self)

@@ -63,6 +63,8 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
     else:
         run.dir.tidy()
     finally:
+        if run.roles.engine.compiled is not None:
+            run.roles.engine.compiled.remove()
         run.events.close()
         run.runtime.close()
     return run

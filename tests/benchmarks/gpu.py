@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from tests.benchmarks.stamp import RESULTS, line, stamp  # noqa: E402
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "flash-attn", "llmrecipe")
 FORMS = ("true", "selective", "offload")
 """Of gradient checkpointing."""
+COMPILED = "model.compile=blocks"
 LEAST = 20.0
 """Seconds that must be left for another cell to start."""
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -76,6 +78,14 @@ def cells(dry: bool = False) -> list[Cell]:
     found += [_form("tiny", "real", form, "equal", "float32") for form in FORMS]
     found += [_form(big, "full", form) for form in FORMS]
     found += [_form(big, "long", form) for form in ("true", "offload")]
+    compiled = [("sft", "lora", "tiny"), ("dpo", "lora", "tiny"), ("sft", "full", "tiny")]
+    found += [Cell("product", t, m, s, "real", "equal", "float32", COMPILED) for t, m, s in compiled]
+    found += [
+        Cell("product", "sft", "lora", shape, lengths, words=COMPILED)
+        for shape in (big, middle)
+        for lengths in ("full", "real")
+    ]
+    found += [Cell("product", "sft", "full", middle, "full", words=COMPILED)]
     return list(dict.fromkeys(found))
 
 
@@ -229,11 +239,29 @@ def page(found: dict[str, Any], results: list[dict[str, Any]]) -> str:
             f"| {c['task']} | {c['method']} | {c['dtype']} | {c.get('words', '')} | {r['difference']:.1e} | "
             f"{r['tolerance']:.0e} | {verdict} |"
         )
+    lines += ["", "## Steps after which compiled blocks pay", "", *(payback(done) or ["Not measured."])]
     for r in (r for r in done if r["cell"]["kind"] == "profile"):
         lines += ["", f"## Where a step goes: {Cell(**r['cell']).name}", "", *profile_lines(r["kernels"])]
     left = [f"- {Cell(**r['cell']).name}: {r['status']}: {said(r)}" for r in results if r["status"] != "ok"]
     lines += ["", "## Not measured", "", *(left or ["Nothing."]), ""]
     return "\n".join(lines) + "\n" + line(found["harness"])
+
+
+def payback(done: list[dict[str, Any]]) -> list[str]:
+    """One line for each cell with compiled blocks beside the same without: what a step gains, and when that is more than was
+    spent before the rates begin."""
+    plain = {Cell(**r["cell"]): r for r in done if r["cell"]["kind"] == "speed" and r["cell"]["side"] == "product"}
+    lines = []
+    for cell, own in plain.items():
+        other = plain.get(replace(cell, words=""))
+        if cell.words != COMPILED or other is None:
+            continue
+        gained, spent = other["step_s"] - own["step_s"], max(0.0, own["warm_s"] - other["warm_s"])
+        after = f"after {math.ceil(spent / gained)} steps" if gained > 0 else "never"
+        lines.append(
+            f"- {replace(cell, words='').name}: {gained / other['step_s']:+.1%} of a step, {spent:.1f} s more before: {after}"
+        )
+    return lines
 
 
 def side(result: dict[str, Any]) -> str:

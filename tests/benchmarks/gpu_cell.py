@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,16 @@ def product(cell: Cell, size: Size, model: Path, data: Path, out: Path, device: 
 
 
 def equality(spec: dict[str, Any], cell: Cell, size: Size) -> dict[str, Any]:
-    """The same recipe and rows on the CPU and on the device: losses of every step, and their largest relative difference."""
+    """The same recipe and rows on the CPU and on the device: losses of every step, and their largest relative difference.
+
+    The CPU computes without the cell's further words.
+    """
     losses = {}
-    for side, device in (("cpu", "cpu"), ("device", spec["device"])):
+    for side, device, own in (("cpu", "cpu", replace(cell, words="")), ("device", spec["device"], cell)):
         meter = Meter(spec["began"], device)
         out = Path(spec["out"]) / side
         out.mkdir(parents=True, exist_ok=True)
-        product(cell, size, Path(spec["model"]), Path(spec["data"]), out, device, meter)
+        product(own, size, Path(spec["model"]), Path(spec["data"]), out, device, meter)
         losses[side] = meter.losses
     return {**losses, **compared(losses["cpu"], losses["device"], TOLERANCE[cell.dtype])}
 

@@ -231,6 +231,7 @@ class Meter:
             "tflops_per_s": rate * flops(lengths) / sum(lengths) / 1e12,
             "tokens": read,
             "first_step_s": self.ends[0],
+            "warm_s": self.ends[WARM - 1],
             "step_s": float(np.median(steps)),
             "peak_mb": self.peak_mb(),
             "losses": self.losses,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,10 +124,27 @@ def test_cells_cover_what_people_train_and_the_most_valuable_come_first() -> Non
 def test_each_form_of_recomputation_is_compared_and_timed() -> None:
     for kind, lengths in (("equal", "real"), ("speed", "full")):
         found = {c.words for c in gpu.cells() if c.words and (c.kind, c.lengths) == (kind, lengths)}
-        assert found == {f"model.gradient_checkpointing={form}" for form in ("true", "selective", "offload")}
+        forms = {f"model.gradient_checkpointing={form}" for form in ("true", "selective", "offload")}
+        assert found == {*forms, "model.compile=blocks"}
     cell, size = Cell("product", "sft", "lora", "llama-3.1-8b", "long"), SIZES["whole"]
     assert sequence_lengths(cell, rows_of(cell, size), size) == [32768] * size.steps
     assert gpu.side({"cell": {"side": "product", "words": "a=b"}, "settings": {}}) == "product (a=b)"
+
+
+def test_compiled_blocks_are_compared_first_and_timed_net_of_what_compiling_takes() -> None:
+    kinds = [c.kind for c in gpu.cells() if c.words == gpu.COMPILED]
+    assert "speed" in kinds and kinds == sorted(kinds)
+
+    def result(words: str, step: float, warm: float, shape: str = "tiny") -> dict[str, Any]:
+        cell = Cell("product", "sft", "lora", shape, words=words)
+        return {"cell": asdict(cell), "step_s": step, "warm_s": warm}
+
+    done = [result("", 2.0, 10.0), result(gpu.COMPILED, 1.5, 50.4), result(gpu.COMPILED, 1.0, 9.0, "tiny-qwen3")]
+    name = "product sft lora tiny full speed bfloat16"
+    assert gpu.payback(done) == [f"- {name}: +25.0% of a step, 40.4 s more before: after 81 steps"]
+    assert gpu.payback([result("", 1.0, 1.0), result(gpu.COMPILED, 1.5, 2.0)]) == [
+        f"- {name}: -50.0% of a step, 1.0 s more before: never"
+    ]
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])

@@ -77,11 +77,11 @@ def test_another_device_is_not_measured() -> None:
 
 def test_keys_override_one_decision_each() -> None:
     chosen: dict[str, Any] = {
-        "micro_tokens": 7, "logit_rows": 3, "packed_attention": ("flash",), "compile": True, "optimizer": "single",
+        "micro_tokens": 7, "logit_rows": 3, "packed_attention": ("flash",), "compile": "blocks", "optimizer": "single",
     }  # fmt: skip
     found = profile(MIDDLE, **chosen)
     assert (found.micro_tokens, found.logit_rows(128_256), found.packed_attention) == (7, 3, ("flash",))
-    assert (found.compile, found.optimizer) == (True, "single")
+    assert (found.compile, found.compiled, found.optimizer) == (True, "blocks", "single")
     assert profile(MIDDLE, micro_tokens=None).micro_tokens is None
     assert profile(MIDDLE, logit_rows=3).micro_tokens == 4096
 
@@ -90,9 +90,10 @@ def test_what_was_stored_decides_again_without_what_keys_had_set() -> None:
     stored = profile(MIDDLE, logit_rows=3).to_dict()
     stored["decided"] |= {"micro_tokens": 99, "of a later version": 1}
     del stored["decided"]["words"]
+    stored["decided"]["compile"] = True
     found = profile_from(stored)
     assert (found.kind, found.name, found.chosen) == ("cuda", "middle", {})
-    assert (found.micro_tokens, found.decided.words) == (99, TABLE["cuda"].words)
+    assert (found.micro_tokens, found.decided.words, found.compiled) == (99, TABLE["cuda"].words, "blocks")
 
 
 @pytest.mark.parametrize("value", ["512", -1, None, 1.5, True])

@@ -218,6 +218,18 @@ def test_data_sets_are_looked_up(tmp_path: Path) -> None:
     assert found.settings["data.columns"] == {"instruction": "ask", "output": "say"}
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"{TORCHTUNE}compile: true\n", "blocks"),
+        (f"{AXOLOTL}torch_compile: false\n", "off"),
+        (f"{AXOLOTL}torch_compile: auto\n", "auto"),
+    ],
+)
+def test_what_is_compiled_is_carried(text: str, wanted: str, tmp_path: Path) -> None:
+    assert _migrated(tmp_path, text).settings["model.compile"] == wanted
+
+
 def test_a_share_of_a_split_is_the_held_out_share(tmp_path: Path) -> None:
     """Only where `dataset_val` is the rest of the same rows: of another set, or of another part, nothing follows."""
     split = TORCHTUNE.replace("source: json, packed: false", "source: json, packed: false, split: 'train[:95%]'")

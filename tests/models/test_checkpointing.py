@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate, current
 from llmrecipe.data.collate import Sequence, pad
 from llmrecipe.engine.forward import Engine
@@ -17,7 +17,6 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.checkpointing import _is_kept, _operands, from_host, noted_results, to_host
 from llmrecipe.models.load import prepare_for_training
-from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.training.kept_tensors import KeptTensors
 from tests.methods.additive.harness import fill, logits, model_of
@@ -153,14 +152,6 @@ def test_a_selective_block_is_computed_again_under_its_context() -> None:
         loss = model.train()(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False).logits.sum()
     loss.backward()
     assert roles == ["value", "value"]
-
-
-@pytest.mark.parametrize("form", ["selective", "offload"])
-def test_a_compiled_graph_is_refused_beside_forms_it_has_not_been_shown_with(form: str) -> None:
-    with pytest.raises(
-        RecipeError, match=rf"model\.compile: a compiled graph .* model\.gradient_checkpointing={form}; leave it out"
-    ):
-        compose("sft_lora", ["model.compile=true", f"model.gradient_checkpointing={form}"])
 
 
 # --- offload ---------------------------------------------------------------------------------------------------------

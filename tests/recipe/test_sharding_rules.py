@@ -114,6 +114,6 @@ def test_an_option_that_needs_whole_weights_is_refused_where_they_are_divided(sh
 
 
 def test_a_compiled_model_is_refused_where_parameters_are_gathered() -> None:
-    compose("sft", ["runtime=zero1", "model.compile=true"])
+    compose("sft", ["runtime=zero1", "model.compile=blocks"])
     with pytest.raises(RecipeError, match=r"model\.compile"):
-        compose("sft", ["runtime=zero3", "model.compile=true"])
+        compose("sft", ["runtime=zero3", "model.compile=blocks"])

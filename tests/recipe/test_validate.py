@@ -148,8 +148,8 @@ def test_half_a_key_is_not_accepted_but_understood(half: str, full: str) -> None
     [
         ("data: {packing: onn}", "must be one of 'auto', 'on', 'off'; got 'onn'; did you mean 'on'?"),
         ("data: {packing: true}", "must be one of 'auto', 'on', 'off'; got true; write on"),
-        ("model: {compile: yes}", "must be true or false; got 'yes'; write true"),
-        ("model: {compile: 1}", "must be true or false; got 1"),
+        ("runtime: {deterministic: yes}", "must be true or false; got 'yes'; write true"),
+        ("runtime: {deterministic: 1}", "must be true or false; got 1"),
         ("model: {path: 3}", "must be text; got 3; put it in quotes"),
         ("model: {path: }", "must be text; got null (there is nothing after the colon)"),
         ("seed: 010", "must be a whole number; got '010'"),

@@ -76,7 +76,7 @@ def test_what_agrees_with_the_recipe_is_obeyed(words: list[str], given: dict[str
         ),
         ([], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "set model.dtype=bfloat16"),
         (["model.dtype=bfloat16"], {"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8"),
-        ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "model.compile=true"),
+        ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "model.compile=blocks"),
         ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "batch.micro"),
         ([], {"ACCELERATE_USE_CPU": "true"}, "runtime.device=cpu"),
         ([], {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),

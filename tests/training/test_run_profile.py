@@ -40,13 +40,13 @@ def recipe(*overrides: str) -> Any:
 
 def test_every_decision_has_a_key() -> None:
     assert not choices(recipe())
-    given = ["batch.tokens=64", "runtime.logit_rows=9", "model.packed_attention=loop", "model.compile=true"]
+    given = ["batch.tokens=64", "runtime.logit_rows=9", "model.packed_attention=loop", "model.compile=blocks"]
     found = choices(recipe(*given, "runtime.optimizer_kernel=single"))
     assert found == {
         "micro_tokens": 64,
         "logit_rows": 9,
         "packed_attention": ("loop",),
-        "compile": True,
+        "compile": "blocks",
         "optimizer": "single",
     }
     assert found.keys() == KEYS.keys()
@@ -64,9 +64,9 @@ def test_the_line_names_the_keys_that_decided(monkeypatch: pytest.MonkeyPatch) -
         "compile off, fused optimizer"
     )
     monkeypatch.setattr(device_profile, "facts_of", lambda device: GPU)
-    own = recipe("batch.micro=2", "runtime.logit_rows=2000", "model.compile=true")
+    own = recipe("batch.micro=2", "runtime.logit_rows=2000", "model.compile=blocks")
     assert profile_line(profile_for(own, "cuda"), own, None, ()) == (
-        "device: a GPU; micro-batches of at most 2 rows (batch.micro), compile on (model.compile), fused optimizer"
+        "device: a GPU; micro-batches of at most 2 rows (batch.micro), compile blocks (model.compile), fused optimizer"
     )
     own = recipe("runtime.logit_rows=2000")
     assert profile_line(profile_for(own, "cuda"), own, 128_256, ("flex", "loop")) == (

@@ -20,6 +20,11 @@ def flag(value: object) -> bool:
     raise ValueError("true or false")
 
 
+def compiled_blocks(value: object) -> str:
+    """Return what of a model is compiled, from a true or false."""
+    return "blocks" if flag(value) else "off"
+
+
 def finite_number(value: object) -> float:
     """Return a finite number."""
     try:

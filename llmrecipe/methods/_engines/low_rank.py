@@ -39,7 +39,7 @@ class LowRank(Hook):
     """The branch at a linear layer (Linear, Conv1D, 4- and 8-bit), or at some rows of a fused one."""
 
     order = DELTA
-    rowwise = True
+    rowwise = traceable = True
 
     rows: Tensor | None
     A0: Tensor | None

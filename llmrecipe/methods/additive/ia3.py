@@ -90,13 +90,13 @@ class ScaleInput(Scale):
 class OneOutput(ScaleOutput):
     """`ScaleOutput` of a single task: any of a batch's rows can be scaled alone."""
 
-    rowwise = True
+    rowwise = traceable = True
 
 
 class OneInput(ScaleInput):
     """`ScaleInput` of a single task: any of a batch's rows can be scaled alone."""
 
-    rowwise = True
+    rowwise = traceable = True
 
 
 class ScaleKeys(Scale):

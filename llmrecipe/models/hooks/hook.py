@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import current
+from llmrecipe.models.hooks import between_graphs
 from llmrecipe.models.hooks.shared_module import remove_shared, shared_modules
 
 if TYPE_CHECKING:
@@ -79,6 +80,18 @@ class Hook(nn.Module):
     share one W' (see `shared_weights`), which takes a gradient as large as W: only where as much is trained as well."""
     sharing: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
     """What gives the W' of the running step, by whose it is; None forms it in every call."""
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """The hook methods that its class overrides."""
+    traceable: ClassVar[bool] = False
+    """Whether `torch.compile` may trace it: its result depends on its tensors, on plain attributes and on `Context.role` and
+    `off` alone, and it keeps nothing. Not inherited: a subclass says it for itself. The host of any other hook stands between
+    compiled graphs."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note which hook methods a class overrides."""
+        super().__init_subclass__(**kwargs)
+        cls.kinds = tuple(kind for kind in KINDS if getattr(cls, kind) is not getattr(Hook, kind))
+        cls.traceable = bool(vars(cls).get("traceable", False))
 
     def active(self) -> bool:
         """Return whether the hook takes part in the forward pass that is running."""
@@ -137,23 +150,22 @@ def recorded_calls() -> Iterator[set[int]]:
         _watching = None
 
 
+def recording() -> bool:
+    """Return whether calls of hooks are being recorded."""
+    return _watching is not None
+
+
 def note_called(hooks: Iterable[Hook]) -> None:
     """Record hooks as called, inside `recorded_calls`."""
     if _watching is not None:
         _watching.update(map(id, hooks))
 
 
-@functools.cache
-def _kind(cls: type[Hook]) -> str:
-    kinds = [kind for kind in KINDS if getattr(cls, kind) is not getattr(Hook, kind)]
-    if len(kinds) != 1:
-        raise TypeError(f"{cls.__name__} must override exactly one of {', '.join(KINDS)}, not {kinds}")
-    return kinds[0]
-
-
 def hook_kind(hook: Hook) -> str:
     """Return which of the hook methods a hook overrides (exactly one)."""
-    return _kind(type(hook))  # type: ignore[arg-type]
+    if len(hook.kinds) != 1:
+        raise TypeError(f"{type(hook).__name__} must override exactly one of {', '.join(KINDS)}, not {list(hook.kinds)}")
+    return hook.kinds[0]
 
 
 def add_hook(module: nn.Module, name: str, hook: Hook, owner: str) -> Hook:
@@ -263,8 +275,15 @@ def with_first(value: Any, tensor: Tensor) -> Any:
 
 def _hooked_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     hooks = [p for p in hooks_of(self) if p.active()]
+    if between_graphs.apart is not None and not all(p.traceable for p in hooks):
+        return between_graphs.apart(_with_hooks, self, hooks, args, kwargs)
+    return _with_hooks(self, hooks, args, kwargs)
+
+
+def _with_hooks(self: nn.Module, hooks: list[Hook], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     note_called(p for p in hooks if hook_kind(p) != "attention")
-    inner = self.__dict__.get("_inner_forward") or types.MethodType(type(self).forward, self)
+    # Not a method object: `torch.compile` does not trace how one is made.
+    inner = self.__dict__.get("_inner_forward") or functools.partial(type(self).forward, self)
     wrappers = sorted((p for p in hooks if hook_kind(p) == "wrap_module"), key=lambda p: p.order)
     others = any(hook_kind(p) not in ("wrap_module", "attention") for p in hooks)
     call = functools.partial(_forward_with, self, hooks, inner) if others else inner

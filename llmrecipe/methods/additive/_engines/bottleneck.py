@@ -116,7 +116,7 @@ class Behind(Bottleneck):
     """y -> y + A(y), after a sublayer (Houlsby), or after a pre-norm block, whose output is x + y (Pfeiffer)."""
 
     order = SERIAL
-    rowwise = True
+    rowwise = traceable = True
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adapted output (..., out)."""
@@ -165,7 +165,7 @@ class Parallel(Bottleneck):
     """y -> y + A(x), in parallel with the module whose input x is what the branch reads."""
 
     order = DELTA
-    rowwise = True
+    rowwise = traceable = True
 
     rows: Tensor | None
 
