@@ -87,7 +87,9 @@ class Context:
 class _Running(threading.local):
     """The context of a thread's forward pass: an attribute, which `torch.compile` can trace, as it cannot a `ContextVar`."""
 
-    context = Context()
+    def __init__(self) -> None:
+        # Of each thread, never of the class: graphs would take that one for the value in every pass.
+        self.context = Context()
 
 
 _running = _Running()

@@ -42,9 +42,9 @@ class CompiledBlocks:
     """
 
     def __init__(self, blocks: Iterable[nn.Module], named: bool, selective: bool = False, backend: str = "inductor"):
-        self.named, self.on, self.tried, self.told = named, True, False, False
+        self.named, self.on, self.tried, self.reported = named, True, False, False
         self.graphs = self.steps = self.settled = 0
-        self.tell: Callable[[str], None] = lambda text: None
+        self.report: Callable[[str], None] = lambda text: None
         self.blocks = list({id(block): block for block in blocks}.values())
         inner: Any = torch._dynamo.lookup_backend(backend)
 
@@ -128,7 +128,7 @@ class CompiledBlocks:
         try:
             yield
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise ModelError(f"model.compile: {_told(error)}; set model.compile=off") from error
+            raise ModelError(f"model.compile: {_reason(error)}; set model.compile=off") from error
 
     def _failed(self, error: Exception) -> None:
         """Run uncompiled from here on, and say so.
@@ -136,11 +136,11 @@ class CompiledBlocks:
         Raises:
             ModelError: a key names compiled blocks.
         """
-        text = _told(error)
+        text = _reason(error)
         if self.named:
             raise ModelError(f"model.compile=blocks: {text}; set model.compile=off") from error
         self.remove()
-        self.tell(f"model.compile: {text}; the run goes on without")
+        self.report(f"model.compile: {text}; the run goes on without")
 
     def __deepcopy__(self, memo: dict[int, object]) -> CompiledBlocks:
         """Return the same object: a copy of a model is not compiled."""
@@ -171,10 +171,10 @@ class CompiledBlocks:
         self.steps += 1
         if self.steps <= SETTLED:
             self.settled = self.graphs
-        elif self.graphs > self.settled and not self.told:
-            self.told = True
+        elif self.graphs > self.settled and not self.reported:
+            self.reported = True
             more = f"{self.graphs - self.settled} more graphs after the first {SETTLED} steps"
-            self.tell(
+            self.report(
                 f"model.compile: step {step} compiled {more}; each costs as much as the first (set model.compile=off where "
                 "this goes on)"
             )
@@ -206,7 +206,7 @@ def _both_passes(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         torch.autograd.grad(out.float().sum(), wanted, allow_unused=True)
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"a block cannot be compiled ({type(error).__name__}: {first_line(error)})"
 
 

@@ -122,7 +122,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         check_forward_pass(recipe, parts.objective, roles)
         roles.data, roles.events = data, events
         if roles.engine.compiled is not None:
-            roles.engine.compiled.tell = events.warning
+            roles.engine.compiled.report = events.warning
         if identity is not None:
             identity.tokenizer = model.tokenizer
         optimizer = None

@@ -210,7 +210,7 @@ def test_a_block_that_cannot_be_compiled_is_an_error_by_key_and_a_warning_else(
     compiled = compiled_blocks(model, named)
     assert compiled is not None
     said: list[str] = []
-    compiled.tell = said.append
+    compiled.report = said.append
     if named:
         with pytest.raises(ModelError, match=r"model\.compile=blocks: a block cannot be compiled \(Unsupported: no graph"):
             model(input_ids=IDS)
@@ -242,7 +242,7 @@ def test_a_backward_pass_that_cannot_be_compiled_is_found_before_a_step_depends_
     compiled = compiled_blocks(model, named=False)
     assert compiled is not None
     said: list[str] = []
-    compiled.tell = said.append
+    compiled.report = said.append
     assert all(torch.equal(a, b) for a, b in zip(numbers(model, (2, 3)), wanted, strict=True))
     assert len(said) == 1 and "no kernel" in said[0]
 
@@ -261,7 +261,7 @@ def test_a_model_without_blocks_is_an_error_by_key_alone() -> None:
 
 def test_graphs_after_the_first_steps_are_reported_once() -> None:
     compiled, said = CompiledBlocks([], named=True), []
-    compiled.tell = said.append
+    compiled.report = said.append
     for step, graphs in enumerate((0, 2, 2, 3, 5, 5, 7), 11):
         compiled.graphs = graphs
         compiled.after_step(step)

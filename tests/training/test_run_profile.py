@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.profile_keys import KEYS, choices, profile_for, profile_line
 from llmrecipe.training.dry_run import predict_memory
 from llmrecipe.training.optimizer_state import optimizer_state, restore_optimizer
+from llmrecipe.training.resume_rules import changes_of
 from llmrecipe.training.run_profile import PART, decided_profile, finished_profile, stored_profile
 from tests.trainings import curve, resume, stop_after, train_recipe
 
@@ -149,3 +151,13 @@ def test_a_run_without_a_profile_decides_and_a_damaged_one_is_refused(tmp_path: 
         (tmp_path / "report.json").write_text(f'{{"profile": {damaged}}}')
         with pytest.raises(RunError, match=r"report\.json: profile: .*take it out"):
             stored_profile(tmp_path)
+
+
+def test_a_run_from_before_a_value_had_its_name_goes_on() -> None:
+    composition = compose("sft_lora", [])
+    before = copy.deepcopy(composition.mapping)
+    for known in (False, "off"):
+        before["model"]["compile"] = known
+        assert changes_of(before, composition) == {}
+    before["model"]["compile"] = "blocks"
+    assert changes_of(before, composition) == {("model", "compile"): ("blocks", "auto")}

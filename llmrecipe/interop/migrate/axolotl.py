@@ -20,7 +20,7 @@ from llmrecipe.interop.migrate.counterparts import (
     warmup,
 )
 from llmrecipe.interop.migrate.trainer import LOADING, LOGS, MANY, rows_of
-from llmrecipe.interop.migrate.values import compiled_blocks, finite_number, flag, text, whole_number
+from llmrecipe.interop.migrate.values import compile_choice, finite_number, flag, text, whole_number
 
 OBJECTIVES = {"dpo": "dpo", "ipo": "ipo", "orpo": "orpo", "kto": "kto", "simpo": "simpo", "grpo": "grpo", "gdpo": "grpo"}
 """`rl` -> objective."""
@@ -122,7 +122,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "tensor_parallel_size": Only("set runtime.tp", (1,)), "context_parallel_size": Only("set runtime.cp", (1,)),
     "sequence_parallel_degree": Only("set runtime.cp", (1,)), "dp_shard_size": Only("set runtime.dp_shard", (1,)),
     "dp_replicate_size": Only("set runtime.dp_replicate", (1,)), "expert_parallel_size": Only("experts are not spread", (1,)),
-    "torch_compile": To("model.compile", lambda value: value if value == "auto" else compiled_blocks(value)),
+    "torch_compile": To("model.compile", lambda value: value if value == "auto" else compile_choice(value)),
     "gpu_memory_limit": Only(MANY, ()), "max_memory": Only(MANY, ()), "device_map": Only(MANY, ("auto",)),
     "group_by_length": Only("rows come in random order; data.packing avoids padding", (False,)),
     "curriculum_sampling": Only("rows come in random order", (False,)),

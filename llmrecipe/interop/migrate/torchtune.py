@@ -16,7 +16,7 @@ from llmrecipe.interop.migrate.torchtune_objectives import (
     place_at,
 )
 from llmrecipe.interop.migrate.trainer import LOADING, LOGS, MANY, rows_of
-from llmrecipe.interop.migrate.values import compiled_blocks, finite_number, flag, plain_mapping, text, whole_number, words
+from llmrecipe.interop.migrate.values import compile_choice, finite_number, flag, plain_mapping, text, whole_number, words
 
 OPTIMIZERS = {
     "AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "PagedAdamW": "paged_adamw_32bit", "PagedAdamW8bit": "paged_adamw_8bit",
@@ -49,7 +49,7 @@ RULES: dict[str, Rule] = {
     "epochs": To("epochs", finite_number),
     "max_steps_per_epoch": Only("set steps: this number times the epochs", ()),
     "clip_grad_norm": To("optim.clip", finite_number),
-    "compile": To("model.compile", compiled_blocks),
+    "compile": To("model.compile", compile_choice),
     "log_every_n_steps": To("log.every", whole_number),
     "device": Only("set runtime.device", ("cuda",)),
     "enable_activation_checkpointing": To("model.gradient_checkpointing", flag),

@@ -14,7 +14,7 @@ from llmrecipe.interop.migrate.counterparts import (
     stop_after,
     warmup,
 )
-from llmrecipe.interop.migrate.values import compiled_blocks, finite_number, flag, whole_number
+from llmrecipe.interop.migrate.values import compile_choice, finite_number, flag, whole_number
 
 HUB = "push when you have looked at the result: llmrecipe push EXPORT --repo OWNER/NAME"
 MANY = "a recipe is free of launchers: llmrecipe launch recipe=... --nproc N, with runtime=zero1|zero2|zero3|fsdp"
@@ -35,7 +35,7 @@ RULES: dict[str, Rule] = {
     "load_best_model_at_end": To("eval.load_best", flag, False),
     "label_smoothing_factor": To("objective.label_smoothing", finite_number, objectives=("sft",)),
     "neftune_noise_alpha": To("objective.neftune_alpha", finite_number, objectives=("sft",)),
-    "torch_compile": To("model.compile", compiled_blocks),
+    "torch_compile": To("model.compile", compile_choice),
     "metric_for_best_model": Only(
         "set eval.monitor: eval/loss is the default, `llmrecipe list metric` names others", ("loss", "eval_loss")),
     "greater_is_better": Same("each metric declares whether a large value is better (eval.mode overrides it)"),

@@ -20,7 +20,7 @@ def flag(value: object) -> bool:
     raise ValueError("true or false")
 
 
-def compiled_blocks(value: object) -> str:
+def compile_choice(value: object) -> str:
     """Return what of a model is compiled, from a true or false."""
     return "blocks" if flag(value) else "off"
 
