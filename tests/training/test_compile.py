@@ -40,7 +40,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
     graphs = [event["graphs"] for event in events(tmp_path / "compiled")]
     # The first step counts hooks and is not compiled; the batches after the second have other lengths.
     assert graphs[0] == 0 < graphs[1] == graphs[-1]
-    assert f"blocks compiled: {graphs[-1]} graphs, none of them after the first 4 steps" in capsys.readouterr().err
+    assert f"blocks compiled: {graphs[-1]} graphs, none of them after the first 4 steps" in capsys.readouterr().out
     assert "graphs" not in events(tmp_path / "plain")[0]
     assert between_graphs.apart is None
 
