@@ -13,6 +13,7 @@ import typer
 
 from llmrecipe.cli.completion import complete_override
 from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.path_hints import near_path
 from llmrecipe.core.printable import message_text
 from llmrecipe.core.verbosity import JSON, QUIET, VERBOSE, is_quiet, is_verbose, show_log
 
@@ -42,7 +43,7 @@ def _use_config_dir(context: typer.Context, folder: Path | None) -> Path | None:
     from llmrecipe.recipe.recipe_paths import CONFIG_DIR
 
     if not folder.is_dir():
-        raise RecipeError(f"--config-dir {folder}: there is no such folder")
+        raise RecipeError(f"--config-dir {folder}: there is no such folder{near_path(folder)}")
     before = os.environ.get(CONFIG_DIR)
     os.environ[CONFIG_DIR] = str(folder.resolve())
 
@@ -163,16 +164,22 @@ def need_recipe(request: VerbWords, verb: str) -> str:
     """
     if request.recipe is not None:
         return request.recipe
+    from llmrecipe.recipe.recipe_paths import LISTED
+
+    near = next(filter(None, (_meant(word, verb) for word in request.overrides)), "")
+    raise RecipeError(f"llmrecipe {verb}: no recipe given; write recipe=NAME{near} ({LISTED})")
+
+
+def _meant(word: str, verb: str) -> str:
+    """Return what a word was probably meant to say: a recipe without `recipe=`, or behind a misspelling of it."""
     from llmrecipe.recipe.recipe_paths import all_recipes
 
-    known = list(all_recipes())
-    bare = next((w for w in request.overrides if "=" not in w), None)
-    near = (
-        f"; did you mean 'llmrecipe {verb} recipe={bare}'?"
-        if bare is not None and _is_recipe(bare)
-        else did_you_mean(f"recipe={bare}", [f"recipe={k}" for k in known])
-    )
-    raise RecipeError(f"llmrecipe {verb}: no recipe given; write recipe=NAME{near if bare else ''} (known: {', '.join(known)})")
+    key, equals, value = word.partition("=")
+    if equals:
+        return f"; did you mean 'recipe={value}'?" if did_you_mean(key, ["recipe"]) else ""
+    if _is_recipe(word):
+        return f"; did you mean 'llmrecipe {verb} recipe={word}'?"
+    return did_you_mean(f"recipe={word}", [f"recipe={name}" for name in all_recipes()])
 
 
 def _is_recipe(word: str) -> bool:

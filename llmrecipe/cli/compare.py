@@ -71,6 +71,8 @@ def _show(records: list[Record], differ: dict[str, list[Any]], metrics: list[str
     facts = [shown(r.facts(), number) for r in records]
     for key in dict.fromkeys(k for f in facts for k in f):
         table.add_row(key, *(f.get(key, number(None)) for f in facts))
+    if differ:
+        table.add_row("keys of the recipe", style="bold")
     for key, values in differ.items():
         table.add_row(key, *(value_text(v) for v in values), style="cyan")
     screen.print(table)

@@ -10,6 +10,7 @@ import typer
 from llmrecipe.cli.arguments import Json, Quiet, Verbose, Words, runs_and_overrides
 from llmrecipe.cli.completion import complete_run
 from llmrecipe.core.console import console, print_json
+from llmrecipe.core.path_hints import near_path
 
 PANEL = "Use"
 ORDER = 1
@@ -144,9 +145,9 @@ def score_harness(
     names = [name for name in tasks.split(",") if name]
     if not names:
         raise UserError("--tasks: name at least one task, such as --tasks hellaswag,arc_easy")
-    check_library()
     if include is not None and not include.is_dir():
-        raise UserError(f"--include: {include} is no folder")
+        raise UserError(f"--include: {include} is no folder{near_path(include)}")
+    check_library()
     found: list[dict[str, Any]] = []
     for path in paths:
         for one in map(str, finished_runs(Path(path))) if is_folder_of_runs(path) else [path]:

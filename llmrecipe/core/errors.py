@@ -86,12 +86,6 @@ def did_you_mean(word: str, known: Iterable[str], meanings: Mapping[str, str] | 
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def plain_path(path: str) -> str:
-    """Return what to say of a path that was given as `KEY=PATH` where it stands alone; an empty string for any other."""
-    key, equals, rest = path.partition("=")
-    return f"; it stands here without '{key}=': {rest}" if equals and key.replace(".", "").isidentifier() and rest else ""
-
-
 def _opens_with(sentence: str, word: str) -> bool:
     start = word.replace("_", " ")
     return sentence.lower().startswith(start) and not sentence[len(start) : len(start) + 1].isalnum()

@@ -123,7 +123,13 @@ def evaluate_path(path: str, overrides: list[str], split: str = "validation") ->
     Raises:
         DataError: there is no such split.
     """
-    return score_subject(open_subject(path, overrides), split)
+    subject = open_subject(path, overrides)
+    share = subject.composition.recipe.data.validation
+    if split == "validation" and isinstance(share, float) and any(word.startswith("data.path=") for word in overrides):
+        say_aside(
+            f"scored: the {share:.0%} of data.path that data.validation holds out; data.validation=FILE scores a whole file"
+        )
+    return score_subject(subject, split)
 
 
 def score_subject(subject: Subject, split: str = "validation") -> dict[str, float]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from llmrecipe.core.errors import DataError, UserError
+from llmrecipe.core.path_hints import near_path
 from llmrecipe.core.paths import PACKAGE
 from llmrecipe.core.tasks import natural
 from llmrecipe.data.collate import Sequence as Tokens
@@ -64,7 +65,10 @@ def read_pairs(source: str) -> list[SentencePair]:
     """
     path = OWN_PAIRS if source == BUILTIN else Path(source).expanduser()
     if not path.is_file():
-        raise DataError(f"--stereotypes: {source} is no file; give one with the columns {', '.join(TEXTS)}, or `{BUILTIN}`")
+        near = near_path(Path(source))
+        raise DataError(
+            f"--stereotypes: {source} is no file{near}; give one with the columns {', '.join(TEXTS)}, or `{BUILTIN}`"
+        )
     reader = open_file(path)
     found = []
     for number, row in enumerate(reader.rows(range(len(reader)))):

@@ -31,6 +31,7 @@ from llmrecipe.recipe.rights import without_rights
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import delta
 from llmrecipe.runs.open_model import LoadedModel, imported, open_saved
+from llmrecipe.runs.run_names import run_title
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutput
@@ -234,7 +235,9 @@ def mounted_tasks(wrappers: Sequence[Wrapper]) -> Tasks | None:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    short = [Path(path).resolve().name for path in paths]
+    places = [Path(path).resolve() for path in paths]
+    titles = [run_title(place) for place in places]
+    short = titles if len(set(titles)) == len(titles) else [place.name for place in places]
     names = [path if short.count(name) > 1 else name for path, name in zip(paths, short, strict=True)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.foreign import read_json
+from llmrecipe.core.path_hints import near_path
 from llmrecipe.interop.export_card import (
     ADAPTER_CONFIG,
     CARD,
@@ -67,7 +68,7 @@ def exported_folder(place: Path) -> Path:
         UserError: it is neither, or the run has none or several.
     """
     if not place.is_dir():
-        raise UserError(f"push {place}: there is no such folder")
+        raise UserError(f"push {place}: there is no such folder{near_path(place)}")
     if run_folder(str(place)) is None or (place / OPTIONS_FILE).is_file():
         if not any((place / name).is_file() for name in ("config.json", ADAPTER_CONFIG, "modules.json", GGUF_FILE)):
             raise UserError(f"push {place}: this is neither a run nor a folder that `llmrecipe export` wrote")

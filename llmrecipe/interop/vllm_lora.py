@@ -21,6 +21,7 @@ from llmrecipe.interop.peft.layout import CONFIG_FILE, Adapter
 from llmrecipe.models.checkpoint_path import TINY, adapter_base
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.runs.open_model import LoadedModel
+from llmrecipe.runs.run_names import run_title
 
 NAME = "vllm-lora"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -64,12 +65,19 @@ def export_vllm_lora(
             branches_of(loaded)
         except ModelError as error:
             raise _refusal(f"it adds low-rank changes of weights alone ({str(error).partition(': ')[2]})") from error
-    done = export_peft(run, target, bound=bound, uniform=True, as_lora=True, loaded=loaded, rights=rights, check=check_rules)
+    try:
+        done = export_peft(
+            run, target, bound=bound, uniform=True, as_lora=True, loaded=loaded, rights=rights, check=check_rules
+        )
+    except ModelError as error:
+        raise ModelError(str(error).replace("export --to peft:", f"export --to {NAME}:", 1)) from error
     notes = list(done.notes)
     if base is None and embedded(done.path):
         base = str(copy_base(done.path))
         notes.append(f"its base is the model inside this package, which was copied to {base}")
-    return Exported(done.path, done.difference, [*notes, f"vLLM: {serve_command(done.path, Path(run).name, base)}"])
+    return Exported(
+        done.path, done.difference, [*notes, f"vLLM: {serve_command(done.path, run_title(Path(run).resolve()), base)}"]
+    )
 
 
 def embedded(folder: Path) -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 from llmrecipe.core.console import lasting
-from llmrecipe.core.errors import ModelError, RunError, did_you_mean, plain_path
+from llmrecipe.core.errors import ModelError, RunError, did_you_mean
 from llmrecipe.core.foreign import parse_json, read_json
+from llmrecipe.core.path_hints import near_path, plain_path, runs_inside
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.models.weight_headers import read_header
 from llmrecipe.recipe.rights import how_to_give
@@ -49,11 +50,7 @@ def locate(path: str, key: str = "model.path") -> tuple[str, bool]:
         raise ModelError(f"{key}: {path} is a file; give the folder that holds config.json and the weights{_hint(folder.name)}")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or not HUB_NAME.fullmatch(path)
     if looks_local:
-        here = folder.parent
-        near = (
-            did_you_mean(folder.name, [p.name for p in here.iterdir()]) if here.is_dir() else f"; {here} does not exist either"
-        )
-        raise ModelError(f"{key}: there is no folder {path}{plain_path(path) or near}")
+        raise ModelError(f"{key}: there is no folder {path}{plain_path(path) or near_path(folder)}")
     return path, False
 
 
@@ -129,7 +126,7 @@ def finished_run(path: str) -> Path:
     folder = run_folder(path)
     if folder is None:
         holds = f"it holds no final/ folder with {STACK_FILE} or model/"
-        raise RunError(f"{path} is not a run directory: {holds}{plain_path(path)}")
+        raise RunError(f"{path} is not a run directory: {holds}{plain_path(path) or runs_inside(Path(path))}")
     return folder
 
 
@@ -189,10 +186,11 @@ def shown_reading(name: str, local: bool) -> contextlib.AbstractContextManager[N
 
 def unreachable(name: str, reason: str, key: str = "model.path") -> ModelError:
     """Return the error for a hub name that is neither cached nor reachable."""
+    beside = Path(name).parent.is_dir() and "/" in name
+    near = near_path(Path(name)) if beside else did_you_mean(name, ["tiny"])
     return ModelError(
-        f"{key}: '{name}' is no folder here and is not in the local hub cache, and {reason}"
-        f"{did_you_mean(name, ['tiny'])}. Give a local folder (model.path=FOLDER), `tiny` for the embedded model, or "
-        f"download it where there is a network: hf download {name}"
+        f"{key}: '{name}' is no folder here and is not in the local hub cache, and {reason}{near}. Give a local folder "
+        f"(model.path=FOLDER), `tiny` for the embedded model, or download it where there is a network: hf download {name}"
     )
 
 
@@ -238,7 +236,7 @@ def _what_else(folder: Path, names: set[str]) -> str:
     if any(name.endswith(".gguf") for name in names):
         return "; its GGUF file is for inference and cannot be trained: get the safetensors folder of the same model"
     inner = [path.name for path in folder.iterdir() if path.is_dir() and (path / "config.json").is_file()]
-    return f"; did you mean {folder / inner[0]}?" if inner else ""
+    return f"; did you mean {folder / inner[0]}?" if inner else runs_inside(folder)
 
 
 def _shards(index: Path, key: str) -> list[str]:

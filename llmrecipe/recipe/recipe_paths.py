@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmrecipe.core.errors import RecipeError, did_you_mean
+from llmrecipe.core.path_hints import near_path, runs_inside
 from llmrecipe.core.paths import ASSETS, PACKAGE
 from llmrecipe.recipe.yaml_file import short
 
@@ -21,6 +22,8 @@ GROUPS = ("model", "data", "objective", "stack", "optim", "schedule", "runtime")
 """Every group a defaults list or `group=choice` can name, besides the user's own (folders next to a recipe)."""
 GROUP_NAMES = frozenset(GROUPS)
 
+LISTED = "`llmrecipe list recipes` names all"
+"""Where an error leads from a name that is not found: there are too many to list them."""
 CONFIG_DIR = "LLMRECIPE_CONFIG_DIR"
 """Variable that names a further folder of recipes and presets, for this process and those it starts."""
 _adjacent: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("adjacent", default=())
@@ -126,9 +129,8 @@ def find_recipe(name: str | Path) -> Path:
         if found is not None:
             return found
     if path.suffix in (".yaml", ".yml") or path.is_absolute() or text.startswith("."):
-        raise RecipeError(f"recipe={name}: there is no such file (looked from {Path.cwd()})")
-    known = sorted(all_recipes())
+        raise RecipeError(f"recipe={name}: there is no such file (looked from {Path.cwd()}){near_path(path)}")
+    hint = runs_inside(path) or did_you_mean(path.name, sorted(all_recipes()))
     raise RecipeError(
-        f"recipe={name}: there is no recipe of that name in {' or '.join(short(r) for r in roots())}"
-        f"{did_you_mean(path.name, known)} (known: {', '.join(known)})"
+        f"recipe={name}: there is no recipe of that name in {' or '.join(short(r) for r in roots())}{hint} ({LISTED})"
     )

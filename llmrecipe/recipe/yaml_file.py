@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.path_hints import near_path
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top of a mapping to a value."""
@@ -132,6 +133,8 @@ def read_yaml(path: Path) -> YamlFile:
         if path.stat().st_size > LARGEST:
             raise RecipeError(f"{short(path)}: larger than {LARGEST >> 20} MB, too large for a recipe; is it a file of data?")
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{short(path)}: there is no such file{near_path(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{short(path)}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
     return parse_yaml(text, path)

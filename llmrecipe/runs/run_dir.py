@@ -24,12 +24,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrecipe.core.errors import RunError, did_you_mean, plain_path
+from llmrecipe.core.errors import RunError
 from llmrecipe.core.file_lock import hold, is_held
 from llmrecipe.core.foreign import parse_json, read_json
+from llmrecipe.core.path_hints import near_path, plain_path, runs_inside
 from llmrecipe.core.redact import redact_text
 from llmrecipe.runs.durable import clear_leftovers, delete, unfinished_path, write_text
 from llmrecipe.runs.events import is_step, last_step
+from llmrecipe.runs.run_names import fresh_folder
 
 if TYPE_CHECKING:
     from llmrecipe.recipe.compose import Composition
@@ -94,7 +96,7 @@ class RunDir:
             found = cls(Path(section.dir))
             found._claim()
         else:
-            found = cls(_fresh(Path(section.root) / (section.name or composition.name), recipe_hash(composition.mapping)))
+            found = cls(fresh_folder(Path(section.root) / (section.name or composition.name), recipe_hash(composition.mapping)))
         found.lock()
         found._describe(composition)
         found.status("running")
@@ -109,7 +111,7 @@ class RunDir:
         """
         path = Path(path)
         if not (path / "status.json").is_file() or description(path) is None:
-            hint = plain_path(str(path)) or _near(path)
+            hint = plain_path(str(path)) or (runs_inside(path) if path.is_dir() else near_path(path))
             raise RunError(f"{path} is not a run directory (it has no recipe.yaml and status.json){hint}")
         main = runtime is None or runtime.is_main
         found = cls(path, main)
@@ -331,23 +333,6 @@ def recipe_hash(mapping: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _fresh(parent: Path, key: str) -> Path:
-    """Create a folder `<time>-<key>`; runs that start in the same second are numbered."""
-    base = f"{time.strftime('%Y%m%d-%H%M%S')}-{key}"
-    for number in range(1, 1000):
-        path = parent / (base if number == 1 else f"{base}-{number}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise RunError(
-                f"run.root: cannot create {path}: {error.strerror or error}; set run.root to a folder that you may write"
-            ) from error
-        return path
-    raise RunError(f"run.root: {parent} already contains a thousand runs of this second")
-
-
 def _agreed(runtime: Runtime) -> Path:
     """Return the path the main process chose."""
     answer = runtime.broadcast_json(dict[str, str]())
@@ -359,11 +344,6 @@ def _agreed(runtime: Runtime) -> Path:
 def _tell(runtime: Runtime | None, value: dict[str, str]) -> None:
     if runtime is not None:
         runtime.broadcast_json(value)
-
-
-def _near(path: Path) -> str:
-    parent = path.parent
-    return did_you_mean(path.name, (p.name for p in parent.iterdir() if p.is_dir())) if parent.is_dir() else ""
 
 
 def now() -> str:

@@ -13,6 +13,7 @@ from llmrecipe.core.score_intervals import normal_ends
 from llmrecipe.runs.events import FILE, read_events
 from llmrecipe.runs.looks import read_looks
 from llmrecipe.runs.run_dir import RunDir
+from llmrecipe.runs.run_names import run_title
 
 SILENT = ("run", "log")
 """Recipe keys of folders and displays, which do not affect training."""
@@ -119,7 +120,7 @@ def read_run(path: str | Path) -> Record:
     """
     run = RunDir.open(path, write=False)
     events = read_events(run.path) if (run.path / FILE).is_file() else []
-    record = Record(run.path, run.path.name, run.read_status(), run.recipe())
+    record = Record(run.path, run_title(run.path.resolve()), run.read_status(), run.recipe())
     lists = {"step": record.steps, "evaluation": record.evaluations, "sample": record.samples, "warning": record.warnings}
     for event in events:
         if event.get("event") in lists:
@@ -132,10 +133,12 @@ def read_runs(paths: list[str]) -> list[Record]:
     if not paths:
         raise RunError("name at least one run directory")
     records = [read_run(p) for p in paths]
+    places = [record.path.resolve() for record in records]
+    names = [run_title(place) for place in places]
     for depth in range(1, 4):
-        names = ["/".join(r.path.resolve().parts[-depth:]) for r in records]
         if len(set(names)) == len(names):
             break
+        names = ["/".join(place.parts[-depth:]) for place in places]
     for record, name in zip(records, names, strict=True):
         record.name = name
     return records

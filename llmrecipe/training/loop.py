@@ -62,7 +62,9 @@ def train_loop(run: Run) -> None:
                 break
         if run.stopping() and run.objective.at_boundary():
             run.save()
-            raise Interrupted(f"stopped by a signal at step {run.progress.step}; continue with resume={run.dir.path}")
+            raise Interrupted(
+                f"stopped by a signal at step {run.progress.step}; continue: llmrecipe train resume={run.dir.path}"
+            )
         owed = owed or run.due_save(run.progress.step)
         if owed and run.objective.at_boundary():
             run.save()

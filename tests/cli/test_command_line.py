@@ -31,7 +31,9 @@ def test_a_typo_is_exit_code_two_with_one_message(capsys: pytest.CaptureFixture[
     [
         (["explain"], "no recipe given"),
         (["explain", "dpo_lora"], "did you mean 'llmrecipe explain recipe=dpo_lora'?"),
-        (["train"], "no recipe given"),
+        (["train"], "no recipe given; write recipe=NAME (`llmrecipe list recipes` names all)"),
+        (["train", "recip=dpo_lora", "seed=1"], "did you mean 'recipe=dpo_lora'?"),
+        (["check", "recipe=dpo_loar"], "did you mean 'dpo_lora'? (`llmrecipe list recipes` names all)"),
         (["check", "mine.yaml"], "did you mean 'llmrecipe check recipe=mine.yaml'?"),
         (["check", "recipe=dpo_lora", "optim.lrr=1"], "did you mean 'lr'?"),
         (["train", "recipe=dpo_lora", "--typo"], "--typo"),

@@ -97,6 +97,19 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert differences(records) == {}
 
 
+def test_a_run_in_a_folder_of_its_own_making_has_the_name_above_and_keys_stand_apart(tmp_path, capsys):
+    first, second, third = "20260131-093000-0a1b2c3d", "20260131-094000-0a1b2c3d", "20260131-095000-0a1b2c3d"
+    paths = [str(make_run(tmp_path / name, lr, [1.0])) for name, lr in ((f"tea/{first}", 1e-3), (f"sft/{second}", 1e-4))]
+    assert [record.name for record in read_runs(paths)] == ["tea", "sft"]
+    again = str(make_run(tmp_path / "tea" / third, 1e-3, [1.0]))
+    assert [record.name for record in read_runs([paths[0], again])] == [first, third]
+    assert run_command(["compare", *paths]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines.index(["keys", "of", "the", "recipe"]) < lines.index(["optim.lr", "0.001", "1e-04"])
+    assert run_command(["compare", paths[0], again]) == 0
+    assert "keys of the recipe" not in capsys.readouterr().out
+
+
 def test_what_compare_refuses(two, tmp_path, capsys):
     assert run_command(["compare", *two, "-m", "los"]) == 2
     assert "no run has a metric 'los'; did you mean 'loss'?" in capsys.readouterr().err

@@ -36,7 +36,9 @@ def test_what_a_run_left_is_scored_as_the_run_scored_it(recipe: str, words: list
     assert evaluate_path(str(folder / "final"), ["data.cache=false"]) == found
 
 
-def test_a_run_a_folder_of_runs_and_a_plain_model_get_the_same_metrics(tmp_path: Path) -> None:
+def test_a_run_a_folder_of_runs_and_a_plain_model_get_the_same_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One set of weights by three paths: every metric, text metrics and intervals included; no interval without its score."""
     run = tmp_path / "runs" / "a"
     train_recipe(run, "sft", *FEW, "model.config.num_hidden_layers=1", "model.init=random", "eval.batches=1", "eval.test=false")
@@ -44,6 +46,9 @@ def test_a_run_a_folder_of_runs_and_a_plain_model_get_the_same_metrics(tmp_path:
     own = evaluate_path(str(run), words)
     assert {"loss", "accuracy", "exact_match", "perplexity", "nll/low", "exact_match/high"} <= set(own)
     assert score_runs(str(tmp_path / "runs"), words, "validation") == [{"run": str(run), **own}]
+    assert "data.validation" not in capsys.readouterr().err
+    evaluate_path(str(run), ["data.path=builtin:sft", "data.validation=0.5", *words])
+    assert "scored: the 50% of data.path that data.validation holds out" in capsys.readouterr().err
     plain = evaluate_path(
         str(run / "final" / "model"), ["data.path=builtin:sft", "data.max_length=256", "batch.size=8", *words]
     )

@@ -309,6 +309,13 @@ def test_what_fails_is_an_error_of_the_server(
     assert "ZeroDivisionError" in capsys.readouterr().err and "division" not in reply.text
 
 
+def test_a_run_without_a_name_of_its_own_is_served_under_the_name_of_its_recipe(tmp_path: Path) -> None:
+    chat = Chat.open(["tiny"], ["runtime.device=cpu"], Sampling())
+    for place, name in (("tea/20260131-093000-0a1b2c3d", "tea"), ("tea/mine", "mine")):
+        (tmp_path / place).mkdir(parents=True)
+        assert ServedModel(chat, str(tmp_path / place)).names == [name]
+
+
 def test_each_request_names_its_adapter(tmp_path: Path) -> None:
     from llmrecipe.methods.reparameterized.lora import Lora
     from tests.interop.saved_runs import saved_run

@@ -277,7 +277,9 @@ def test_an_exported_encoder_and_its_pooling(tmp_path: Path) -> None:
     train_recipe(tmp_path / "run", "contrastive", *words)
     folder = tmp_path / "run" / "sentence_transformers"
     assert command(["export", str(tmp_path / "run"), "--to", "sentence_transformers"]) == 0
-    assert [one.result for one in verify_subject(str(folder), [])] == ["ok", "ok", "ok", "ok"]
+    assert [(one.check, one.result) for one in verify_subject(str(folder), [])] == [
+        (name, "ok") for name in ("exported_tensors", "exported_template", "exported_pooling", "golden_prompt")
+    ]
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(pooling.read_text().replace("true", "TRUE").replace("false", "true").replace("TRUE", "false"))
     assert "1_Pooling/config.json" in failed(verify_subject(str(folder), [])).reason

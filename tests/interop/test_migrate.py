@@ -230,6 +230,28 @@ def test_what_is_compiled_is_carried(text: str, wanted: str, tmp_path: Path) -> 
     assert _migrated(tmp_path, text).settings["model.compile"] == wanted
 
 
+OWN_FORMAT = """base_model: tiny
+wandb_project: shop
+datasets:
+  - path: tea.csv
+    type: {{field_instruction: Asked, field_output: Answered, format: "{format}", system_prompt: "{system}"}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("format", "system", "left"),
+    [("{instruction}", "", []), ("Q: {instruction}", "Be kind.", ["format", "system_prompt"])],
+)
+def test_columns_of_a_prompt_format_of_its_own_are_carried_over(
+    format: str, system: str, left: list[str], tmp_path: Path
+) -> None:
+    found = _migrated(tmp_path, OWN_FORMAT.format(format=format, system=system))
+    assert found.settings["data.columns"] == {"prompt": "Asked", "completion": "Answered"}
+    lost = {entry.key: entry.note for entry in found.entries if entry.fate in ("left", "unknown")}
+    assert sorted(lost) == [*(f"datasets[0].type.{key}" for key in left), "wandb_project"]
+    assert "log.trackers=[wandb] is set" in lost["wandb_project"] and found.settings["log.trackers"] == ["wandb"]
+
+
 def test_a_share_of_a_split_is_the_held_out_share(tmp_path: Path) -> None:
     """Only where `dataset_val` is the rest of the same rows: of another set, or of another part, nothing follows."""
     split = TORCHTUNE.replace("source: json, packed: false", "source: json, packed: false, split: 'train[:95%]'")

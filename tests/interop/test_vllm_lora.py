@@ -65,6 +65,12 @@ def test_what_vllm_refuses_is_refused_by_the_rule(tmp_path: Path, wrapper: Any, 
     assert not (tmp_path / "run" / vllm_lora.NAME).exists()
 
 
+def test_a_run_without_an_adapter_is_refused_by_the_form_that_was_given(tmp_path: Path) -> None:
+    saved_run(tmp_path / "run", base_folder(tmp_path))
+    with pytest.raises(ModelError, match=r"^export --to vllm-lora: every weight of this run was trained.*use --to merged$"):
+        export_vllm_lora(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("config", "rule"),
     [

@@ -15,6 +15,7 @@ import numpy as np
 from llmrecipe.core.console import lasting
 from llmrecipe.core.errors import DataError, did_you_mean
 from llmrecipe.core.foreign import parse_json, reading
+from llmrecipe.core.path_hints import near_path
 from llmrecipe.core.paths import ASSETS
 from llmrecipe.data.formats.bounds import Bounds
 from llmrecipe.data.formats.file_content import EXTENSIONS, is_data_file, suffix_kind
@@ -131,7 +132,7 @@ def place(name: str) -> Path | None:
             f"data.path: {name}: a pipe or device, not a file; rows are read more than once, so write them to a file first"
         )
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"data.path: {name}: no such file or folder{_near_file(path)}")
+        raise DataError(f"data.path: {name}: no such file or folder{near_path(path)}")
     return None
 
 
@@ -140,13 +141,6 @@ def _builtin(name: str) -> Path:
     if name not in known:
         raise DataError(f"data.path: no built-in set is called '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})")
     return BUILTIN / name
-
-
-def _near_file(path: Path) -> str:
-    parent = path.parent
-    return (
-        did_you_mean(path.name, [p.name for p in parent.iterdir()]) if parent.is_dir() else f"; {parent} does not exist either"
-    )
 
 
 def _open_folder(folder: Path, split: str, alone: bool, bounds: Bounds) -> Reader | None:

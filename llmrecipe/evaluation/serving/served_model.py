@@ -19,6 +19,7 @@ from llmrecipe.evaluation.serving.api_error import ApiError
 from llmrecipe.evaluation.serving.text_stream import TextStream, cleans_spaces
 from llmrecipe.models.positions import stated_positions
 from llmrecipe.models.vocabulary import input_embedding
+from llmrecipe.runs.run_names import run_title
 
 STOP, LENGTH = "stop", "length"
 
@@ -78,12 +79,12 @@ class ServedModel:
 
     Args:
         chat: the model with its adapters.
-        path: the run it was opened from; the name of its folder is the model's name where there are no adapters.
+        path: the run it was opened from; its title is the model's name where there are no adapters.
     """
 
     def __init__(self, chat: Chat, path: str):
         self.chat, self.tokenizer = chat, chat.loaded.tokenizer
-        single = Path(path).resolve().name if Path(path).exists() else path
+        single = run_title(Path(path).resolve()) if Path(path).exists() else path
         self.names = list(chat.adapters.choices) if chat.adapters is not None else [single]
         self.created = int(time.time())
         self.positions = stated_positions(chat.loaded.model.config)

@@ -40,8 +40,8 @@ def is_export(subject: str) -> bool:
     return written or ((folder / "config.json").is_file() and any(known))
 
 
-def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[Callable[[], Measured]]:
-    """Yield the comparisons of an exported folder: with a new export of its run, and with its own golden prompt.
+def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[tuple[str, Callable[[], Measured]]]:
+    """Yield what is compared of an exported folder, by name: with a new export of its run, and with its golden prompt.
 
     A folder that keeps its golden prompt needs no run.
 
@@ -54,17 +54,17 @@ def compare_export(folder: Path, run: str | None, words: list[str]) -> Iterator[
     if run is not None or run_folder(source) is not None or not keeps:
         yield from compare_with_run(folder, source)
     else:
-        yield lambda: _without_run(folder)
+        yield "exported_tensors", lambda: _without_run(folder)
     if keeps:
-        yield lambda: compare_golden(folder)
+        yield "golden_prompt", lambda: compare_golden(folder)
 
 
 def _without_run(folder: Path) -> Measured:
     raise NotApplicable(f"{folder.resolve().parent} is not the run it was made from; name it to compare the tensors: --run RUN")
 
 
-def compare_with_run(folder: Path, source: str) -> Iterator[Callable[[], Measured]]:
-    """Yield the comparisons of an exported folder with a new export of its run.
+def compare_with_run(folder: Path, source: str) -> Iterator[tuple[str, Callable[[], Measured]]]:
+    """Yield what is compared of an exported folder with a new export of its run, by name.
 
     Raises:
         RunError: what is given is no run.
@@ -74,10 +74,10 @@ def compare_with_run(folder: Path, source: str) -> Iterator[Callable[[], Measure
     aside = Path(tempfile.mkdtemp(prefix="llmrecipe-verify-"))
     try:
         export_again(folder, source, aside / "again")
-        yield lambda: compare_tensors(aside / "again", folder)
-        yield lambda: compare_template(aside / "again", folder)
+        yield "exported_tensors", lambda: compare_tensors(aside / "again", folder)
+        yield "exported_template", lambda: compare_template(aside / "again", folder)
         if (folder / PIPELINE[0]).is_file():
-            yield lambda: compare_pipeline(aside / "again", folder)
+            yield "exported_pooling", lambda: compare_pipeline(aside / "again", folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

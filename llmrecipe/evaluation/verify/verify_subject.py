@@ -50,7 +50,7 @@ def verify_subject(subject: str, overrides: list[str], run: str | None = None) -
         UserError: the subject cannot be trained or opened at all.
     """
     if is_export(subject):
-        yield from (judged("exported_folder", one) for one in compare_export(Path(subject), run, overrides))
+        yield from (judged(name, one) for name, one in compare_export(Path(subject), run, overrides))
         return
     folder = Path(tempfile.mkdtemp(prefix="llmrecipe-verify-"))
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.core.lazy import load_module
+from llmrecipe.core.path_hints import near_path
 
 SCRIPT = "convert_hf_to_gguf.py"
 
@@ -24,7 +25,8 @@ def find_converter(given: str | None) -> Path | None:
         path = Path(given)
         path = path / SCRIPT if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"--converter {given}: there is no such file; it is {SCRIPT} of a checkout of llama.cpp")
+            near = near_path(Path(given))
+            raise UserError(f"--converter {given}: there is no such file{near}; it is {SCRIPT} of a checkout of llama.cpp")
         return path.resolve()
     found = shutil.which(SCRIPT)
     return None if found is None else Path(found).resolve()

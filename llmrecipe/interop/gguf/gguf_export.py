@@ -38,6 +38,7 @@ from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.resolve_class import first_line, quiet
 from llmrecipe.runs.open_model import LoadedModel
+from llmrecipe.runs.run_names import run_title
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ def export_gguf(
         notes = [
             *merged.notes,
             f"merged: {merged.difference}",
-            *_write(script, folder, config, tokenizer, kind, Path(run).name),
+            *_write(script, folder, config, tokenizer, kind, run_title(Path(run).resolve())),
         ]
         difference, golden, more = _proof(folder, tokenizer, wide, kind, bound)
         golden.write(folder)

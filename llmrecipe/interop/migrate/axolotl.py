@@ -201,7 +201,10 @@ def read_axolotl(account: Account, command: str | None) -> str:
         _per_epoch(account, f"{kind}s_per_epoch", path)
     if any(account.raw(key) for key in ("wandb_project", "use_wandb")):
         account.settings["log.trackers"] = ["wandb"]
-        account.explain("use_wandb", "log.trackers")
+        account.explain("use_wandb", "log.trackers: [wandb]")
+        if account.raw("wandb_project") is not None:
+            note = "log.trackers=[wandb] is set (pip install 'llmrecipe[wandb]'); the name goes into WANDB_PROJECT"
+            account.leave("wandb_project", note)
     share = account.read("val_set_size", finite_number, 0.0)
     if 0 < share < 1:
         account.carry("val_set_size", "data.validation", share, "drawn by a hash of the row: other rows than there")

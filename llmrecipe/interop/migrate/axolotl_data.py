@@ -24,6 +24,8 @@ COLUMNS = {
     "text_column": "text",
 }
 """Key of a data set that names a column -> the column it stands for."""
+PLAIN_PROMPT = "{instruction}"
+"""Prompt format of a data set that adds nothing to the instruction."""
 BUILT_IN = ("alpaca", "chatml")
 NOTHING = ("roles", "message_field_role", "message_field_content", "message_property_mappings", "ds_type", "trust_remote_code")
 """Keys of a data set that say how messages are written, which is detected here."""
@@ -114,9 +116,7 @@ def _format(account: Account, group: str, count: int, objective: str) -> None:
                 account.leave(f"{at}.type", "the format is detected; look once: llmrecipe data recipe=..., or set data.columns")
             else:
                 account.explain(f"{at}.type", f"data.format: {known or 'auto'}")
-        elif kind is not None:
-            account.leave(f"{at}.type", "a format of your own: write rows with prompt and completion, or set data.columns")
-        columns.append(_columns(account, at))
+        columns.append(_columns(account, at) | (_own_format(account, f"{at}.type") if isinstance(kind, dict) else {}))
     if len(set(formats)) == 1:
         account.settings["data.format"] = formats[0]
     chosen = [one for one in columns if one]
@@ -124,6 +124,31 @@ def _format(account: Account, group: str, count: int, objective: str) -> None:
         account.settings["data.columns"] = columns[0]
     elif chosen:
         account.leave(group, "the sets name their columns differently: set data.columns, or join the files")
+
+
+def _own_format(account: Account, at: str) -> dict[str, str]:
+    """Enter a prompt format of the file's own; return the columns of its instructions and answers.
+
+    Nothing is lost where the prompt is the instruction alone; any other text around it is left.
+    """
+    fields = (("field_instruction", "prompt"), ("field_output", "completion"))
+    found = {wanted: account.read(f"{at}.{key}", text) for key, wanted in fields if account.raw(f"{at}.{key}") is not None}
+    for key, wanted in fields:
+        if wanted in found:
+            account.explain(f"{at}.{key}", f"data.columns: {wanted} <- {found[wanted]}")
+    if account.raw(f"{at}.format") is None:
+        account.leave(f"{at}.format", "its default adds to the instruction; compare the rows once: llmrecipe data recipe=...")
+    for key in ("format", "no_input_format"):
+        if account.raw(f"{at}.{key}") == PLAIN_PROMPT:
+            account.same(f"{at}.{key}", "the prompt is the instruction alone")
+        elif account.raw(f"{at}.{key}") is not None:
+            account.leave(f"{at}.{key}", "write the whole prompt into the column of prompts")
+    for key in ("system_prompt", "system_format", "field_system", "field_input"):
+        if account.raw(f"{at}.{key}"):
+            account.leave(f"{at}.{key}", "write the whole prompt into the column of prompts")
+        else:
+            account.same(f"{at}.{key}", "empty")
+    return found
 
 
 def _columns(account: Account, at: str) -> dict[str, str]:
