@@ -231,6 +231,7 @@ def test_what_is_compiled_is_carried(text: str, wanted: str, tmp_path: Path) -> 
 
 
 OWN_FORMAT = """base_model: tiny
+learning_rate: 1e-4
 wandb_project: shop
 datasets:
   - path: tea.csv
