@@ -186,8 +186,7 @@ def shown_reading(name: str, local: bool) -> contextlib.AbstractContextManager[N
 
 def unreachable(name: str, reason: str, key: str = "model.path") -> ModelError:
     """Return the error for a hub name that is neither cached nor reachable."""
-    beside = Path(name).parent.is_dir() and "/" in name
-    near = near_path(Path(name)) if beside else did_you_mean(name, ["tiny"])
+    near = near_path(Path(name)) if "/" in name and Path(name).parent.is_dir() else did_you_mean(name, ["tiny"])
     return ModelError(
         f"{key}: '{name}' is no folder here and is not in the local hub cache, and {reason}{near}. Give a local folder "
         f"(model.path=FOLDER), `tiny` for the embedded model, or download it where there is a network: hf download {name}"
