@@ -1,4 +1,4 @@
-"""Scores against per-example autograd, and the exact top k."""
+"""Scores against per-example autograd, and the entries that are selected by them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from llmrecipe.core.errors import ModelError
-from llmrecipe.methods.selective._engines import selection, top_k
+from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
 from tests.methods.probe import language_probe
 from tests.tiny import tiny_model
@@ -110,41 +107,6 @@ def test_sampled_tokens_are_drawn_from_the_model():
     )
     name = next(iter(weights))
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
-
-
-def reference_top(parts: list[tuple[str, torch.Tensor]], k: int) -> dict[str, list[int]]:
-    flat = [(-float(v), order, i, name) for order, (name, t) in enumerate(parts) for i, v in enumerate(t)]
-    best = sorted(flat)[:k]
-    return {name: sorted(i for _, _, i, n in best if n == name) for name, _ in parts}
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.lists(st.sampled_from([0.0, 1e-38, 1.0, 1.0000001, 2.5, 3e38]), min_size=1, max_size=30), min_size=1, max_size=4
-    ),
-    st.data(),
-)
-def test_top_k_is_exact_with_ties_by_lowest_index(values: list[list[float]], data: Any):
-    parts = [(f"t{i}", torch.tensor(v, dtype=torch.float32)) for i, v in enumerate(values)]
-    k = data.draw(st.integers(0, sum(map(len, values))))
-    got = top_k.top_k([(n, t, None) for n, t in parts], k)
-    assert {n: idx.tolist() for n, idx in got.items()} == reference_top(parts, k)
-
-
-def test_top_k_matches_torch_on_many_distinct_scores():
-    generator = torch.Generator().manual_seed(0)
-    parts = [(str(i), torch.rand(5000, generator=generator), None) for i in range(3)]
-    got = top_k.top_k(parts, 777)
-    flat = torch.cat([p[1] for p in parts])
-    want = flat.topk(777).indices.sort()[0]
-    offset = torch.cat([got[str(i)] + 5000 * i for i in range(3)])
-    assert torch.equal(offset, want)
-
-
-def test_nan_scores_are_refused():
-    with pytest.raises(ModelError, match="NaN"):
-        top_k.top_k([("a", torch.tensor([1.0, float("nan")]), None)], 1)
 
 
 def test_layer_groups_choose_the_same_entries():
