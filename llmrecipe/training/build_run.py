@@ -38,8 +38,8 @@ from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
 from llmrecipe.training.build_model import build_model, everything_trains, seed_everything, stack_for
 from llmrecipe.training.model_checks import check_forward_pass
-from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data, test_rows
-from llmrecipe.training.recipe_checks import check_attention, check_chain, check_cuts, check_objective
+from llmrecipe.training.read_rows import check_model_fits, check_monitor, read_data, test_rows
+from llmrecipe.training.recipe_checks import check_attention, check_chain, check_parts
 from llmrecipe.training.run_identity import identify
 from llmrecipe.training.run_profile import decided_profile
 from llmrecipe.training.run_state import Progress, RunState
@@ -77,12 +77,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     reads = KeyReads(key for key, origin in composition.origins.items() if origin.kind != "default")
     for group, part in (("objective", parts.objective), ("optim", parts.optimizer), ("schedule", parts.schedule)):
         reads.watch(part, group)
-    check_sections(recipe)
-    parts.objective.read_folder(recipe.model)
-    check_objective(parts.objective, parts.wrappers)
-    direction(recipe.eval, parts.objective)
-    check_cuts(parts.optimizer, parts.wrappers)
-    check_family(recipe, parts.objective)
+    check_parts(recipe, parts)
     data, validation, labels = read_data(recipe, parts.objective, parts.wrappers)
     parts = replace(parts, wrappers=[w.for_tasks(data.tasks) for w in parts.wrappers])
     for wrapper in parts.wrappers:
@@ -104,12 +99,8 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         directory = RunDir.open(resume, runtime) if resume else RunDir.create(composition, runtime)
     with abandoned(directory, runtime, resume):
         changes = resume_rules.check_resume(directory, composition, steps) if resume else {}
-        folder = directory.path if runtime.is_main else None
-        live, trackers = recipe.log.live, recipe.log.trackers
         identity = identify(recipe, directory, data, validation) if runtime.is_main else None
-        watched = recipe.eval.monitor.partition("/")[2]
-        metrics = (*parts.objective.headline, *recipe.eval.metrics, watched, *recipe.log.show)
-        events = Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping, metrics=metrics)
+        events = open_events(composition, parts.objective, directory.path if runtime.is_main else None, steps)
         rows = planned_rows(recipe, parts.objective, data, validation, steps)
         scores = reference_model.scored(recipe, parts.objective, rows, runtime.device)
         parts.objective.prepare_rows(recipe, rows, runtime.device)
@@ -141,6 +132,19 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
             validation, roles, optimizer, steps, BestTracker(recipe.eval, direction(recipe.eval, parts.objective)), Progress(),
             changes, identity, reads=reads,
         )  # fmt: skip
+
+
+def open_events(composition: Composition, objective: Objective, folder: Path | None, steps: int) -> Events:
+    """Open the events of a run, which show what the objective and the recipe name.
+
+    Args:
+        folder: the run directory; None on a process that does not report.
+    """
+    recipe = composition.recipe
+    watched = recipe.eval.monitor.partition("/")[2]
+    shown = (*objective.headline, *recipe.eval.metrics, watched, *recipe.log.show)
+    live, trackers = recipe.log.live, recipe.log.trackers
+    return Events(folder, live=live, steps=steps, trackers=trackers, config=composition.mapping, metrics=shown)
 
 
 def prepared(runtime: Runtime, roles: Roles, stack: Stack, unused: bool) -> nn.Module:

@@ -16,7 +16,6 @@ from llmrecipe.data.streaming import StreamedRows
 from llmrecipe.data.validation import warnings as data_warnings
 from llmrecipe.engine.packing import micro_tokens
 from llmrecipe.engine.reference_policy import needs_snapshot
-from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.stack import DIVIDED_REFERENCE, base_parameters, kind_name
 from llmrecipe.models.checkpoint_path import STACK_FILE
 from llmrecipe.models.hooks.hook import own_tensors
@@ -36,7 +35,7 @@ from llmrecipe.training.check_warnings import memory_warnings, rank_warnings, we
 from llmrecipe.training.memory_estimate import Estimate, delta_bytes, estimate_memory
 from llmrecipe.training.model_flops import matmul_rate
 from llmrecipe.training.predicted_pass import StackChoices, follow_pass
-from llmrecipe.training.read_rows import check_family, check_model_fits, check_monitor, check_sections, read_data
+from llmrecipe.training.read_rows import check_model_fits, check_monitor, read_data
 from llmrecipe.training.run_profile import stored_profile
 from llmrecipe.training.shard_estimate import resting, saving, shard_table
 
@@ -205,15 +204,10 @@ def _build(composition: Composition, made: StackChoices | None, known: Profile |
     """Read the rows and build the model without weights, with every check that comes before weights."""
     settings = composition.recipe
     parts = instantiate(settings)
-    check_sections(settings)
     check_trackers(settings.log.trackers)
-    parts.objective.read_folder(settings.model)
-    recipe_checks.check_objective(parts.objective, parts.wrappers)
-    direction(settings.eval, parts.objective)
-    recipe_checks.check_cuts(parts.optimizer, parts.wrappers)
+    recipe_checks.check_parts(settings, parts)
     device = pick_device(settings.runtime.device)
     use(profile_for(settings, device, known))
-    check_family(settings, parts.objective)
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
     stack = build_model.stack_for(parts.objective, [w.for_tasks(data.tasks) for w in parts.wrappers])
     recipe_checks.check_chain(settings, parts.wrappers)

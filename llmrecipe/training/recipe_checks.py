@@ -5,16 +5,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import RecipeError
+from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models.load import may_bypass_attention
 from llmrecipe.optim.optimizer import Optimizer
 from llmrecipe.runs import base_storage, delta, open_model
 from llmrecipe.training.build_model import everything_trains, on_meta, stack_for
+from llmrecipe.training.read_rows import check_family, check_sections
 
 if TYPE_CHECKING:
     from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.schema import Recipe
+    from llmrecipe.recipe.validate import Parts
+
+
+def check_parts(recipe: Recipe, parts: Parts) -> None:
+    """Refuse, before rows are read, parts of a recipe that do not go together or do not fit its model folder.
+
+    Raises:
+        UserError: it names the key.
+    """
+    check_sections(recipe)
+    parts.objective.read_folder(recipe.model)
+    check_objective(parts.objective, parts.wrappers)
+    direction(recipe.eval, parts.objective)
+    check_cuts(parts.optimizer, parts.wrappers)
+    check_family(recipe, parts.objective)
 
 
 def check_objective(objective: Objective, wrappers: list[Any]) -> None:
