@@ -77,6 +77,8 @@ class Objective:
     """The few metrics besides the loss that a person follows while it trains: the screen shows those that a step or an
     evaluation has; the run keeps all."""
 
+    waits: ClassVar[str] = ""
+    """What of the device's values the host has to know of a step before the next one begins; empty: nothing."""
     shards: ClassVar[tuple[str, ...]] = ()
     """Values of `runtime.shard` under which it has been shown to train what one process trains."""
     unsharded: ClassVar[str] = ""

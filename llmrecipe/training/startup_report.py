@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.console import say_progress
@@ -18,6 +19,8 @@ from llmrecipe.training.run_profile import PART, described_profile
 from llmrecipe.training.weight_changes import change_tables
 
 if TYPE_CHECKING:
+    from llmrecipe.methods._base.method import Wrapper
+    from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.schema import BatchSection
     from llmrecipe.training.run_state import RunState
 
@@ -45,6 +48,7 @@ def announce(run: RunState) -> None:
         f"{'packed' if run.roles.packing else 'padded'}, "
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
         described_profile(run),
+        *waiting_lines(run.stack, run.objective, run.runtime.device.type),
     ]
     for line in lines:
         say_progress(line)
@@ -55,6 +59,12 @@ def announce(run: RunState) -> None:
         )
     for warning in validation.warnings(report):
         run.events.warning(warning)
+
+
+def waiting_lines(stack: Iterable[Wrapper], objective: Objective, device: str) -> list[str]:
+    """Return one line for each part of a recipe whose steps wait for a device that is not the host."""
+    parts = [("objective", objective.waits), *((f"stack.{wrapper.name}", wrapper.waits) for wrapper in stack)]
+    return [f"{part}: each step waits for the device to know {why}" for part, why in parts if why and device != "cpu"]
 
 
 def rows_text(rows: int, size: int) -> str:

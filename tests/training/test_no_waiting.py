@@ -25,6 +25,7 @@ from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training.run_state import RunState
+from llmrecipe.training.startup_report import waiting_lines
 from tests.contract import KINDS, OPTIONS, Subject, bare_model, build, subject_of
 from tests.objectives.harness import OBJECTIVES, SAMPLED, Case
 from tests.tiny import tiny_model
@@ -39,8 +40,6 @@ WHILE_SAMPLING = {
     "objectives/alignment/_engines/rollout.py": "answers are scored and laid out on the host, once a rollout",
 }
 """Where an objective that samples may wait while it makes the rows of its steps: file -> why."""
-AFTER_STEP = {"ppo": "whether the policy has moved as far as objective.target_kl_stop allows: the next update may not be made"}
-"""Objective -> what it has to know of a step before the next one, where an option of its own needs it."""
 OBJECTIVE_SAMPLE = ("sft", "dpo", "kto")
 """Those of the fast suite."""
 
@@ -183,12 +182,8 @@ def test_a_mask_that_is_built_unread_masks_the_same(
     assert set(asked) == {lengths[0] != lengths[1]}
 
 
-DECIDES = {
-    "coda": "which tokens its blocks compute, so how many of them",
-    "esft": "which tokens each of its experts is given, so how many of them",
-    "mezo": "the estimated slope, which is written to a file before the weights move",
-}
-"""Wrapper -> what the host has to know of the device's values during a step, because the method decides by it."""
+DECIDES = tuple(kind for kind in KINDS if registry.spec("stack", kind).facts.get("waits"))
+"""Wrappers that declare what the host has to know of the device's values during a step."""
 ELSEWHERE = {
     "int8": "its kernel for the columns of outliers has no shape without values",
     "nf4": "its kernel reads its tables on the host",
@@ -207,8 +202,35 @@ def test_a_step_under_a_wrapper_waits_for_nothing(kind: str, packing: bool) -> N
     assert_waits(build(kind, packing), reading)
 
 
+def test_what_is_declared_to_wait_does_and_nowhere_but_in_its_own_files() -> None:
+    """Of coda alone: this device has no generator for the noise of mezo, and no float32 products of the experts of esft."""
+    found = waits_of(build("coda", False))
+    files = {file for _, file in found} - {file for _, file in READING}
+    assert files and all(file.startswith("methods/") for file in files), found
+
+
+def test_few_may_wait() -> None:
+    """A declaration is for mathematics that decides by a value, not for what could be read a step later."""
+    assert set(DECIDES) == {"coda", "esft", "mezo"}
+    assert [name for name in OBJECTIVES if registry.spec("objective", name).facts.get("waits")] == ["ppo"]
+
+
+def test_a_run_says_what_its_steps_wait_for() -> None:
+    stack = [registry.load_class("stack", kind)(name=kind, **OPTIONS.get(kind, {})) for kind in ("lora", "coda")]
+    sft, ppo = (registry.load_class("objective", name) for name in ("sft", "ppo"))
+    assert waiting_lines(stack, sft, "cpu") == waiting_lines(stack[:1], sft, "cuda") == []
+    lines = waiting_lines(stack, ppo, "cuda")
+    assert [line.partition(":")[0] for line in lines] == ["objective", "stack.coda"]
+    assert lines[1].endswith("each step waits for the device to know which tokens its blocks compute, so how many of them")
+
+
 def assert_waits(subject: Subject, reading: Counter[tuple[str, str]]) -> None:
-    """In the second step: what a method moves or makes once is there."""
+    found = waits_of(subject)
+    assert found == reading, found
+
+
+def waits_of(subject: Subject) -> Counter[tuple[str, str]]:
+    """What the second step waits for: what a method moves or makes once is there."""
     subject.roles.engine.train()
     with device() as own:
         own.to(subject.model)
@@ -219,7 +241,7 @@ def assert_waits(subject: Subject, reading: Counter[tuple[str, str]]) -> None:
             subject.stack.before_step(subject.model, step)
             update(subject, [subject.batch(), subject.batch()], optimizer, step)
             optimizer.zero_grad(set_to_none=True)
-    assert by_file(own) == reading, own.waits
+    return by_file(own)
 
 
 def test_two_hooks_on_rows_of_one_layer_wait_for_nothing() -> None:

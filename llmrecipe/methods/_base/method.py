@@ -136,6 +136,9 @@ class Wrapper:
     """What the method does that leaves no place for another one that trains something of the policy, as `writes ...`."""
     needs_base: ClassVar[str] = ""
     """What the method does with the weights of the base, as `anchors the base`, where that is nothing unless they train."""
+    waits: ClassVar[str] = ""
+    """What of the device's values the host has to know during a step, because the method decides by it; empty: nothing, and no
+    step waits for the device."""
     shards: ClassVar[tuple[str, ...]] = ()
     """Values of `runtime.shard` under which it has been shown to train what one process trains."""
     unsharded: ClassVar[str] = ""

@@ -223,6 +223,7 @@ class Coda(Wrapper):
     """
 
     shards: ClassVar[tuple[str, ...]] = ("zero1", "zero2", "zero3")
+    waits: ClassVar[str] = "which tokens its blocks compute, so how many of them"
     stage: ClassVar[Stage] = Stage.INJECT
     modality: ClassVar[str] = "text"
     otherwise: ClassVar[str] = "use vpt or lora"

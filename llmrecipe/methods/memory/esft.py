@@ -43,6 +43,7 @@ class Esft(Wrapper):
     weighs tokens alike).
     """
 
+    waits: ClassVar[str] = "which tokens each of its experts is given, so how many of them"
     stage: ClassVar[Stage] = Stage.INJECT
     mergeable: ClassVar[bool] = True
     conflicts: ClassVar[dict[str, str]] = {

@@ -63,6 +63,7 @@ class Mezo(Wrapper):
     whole_options: ClassVar[dict[str, dict[str, str]]] = {
         "perturb": {"layerwise": "it gives each module a moved copy of its weights, which no process has whole; use inplace"}
     }
+    waits: ClassVar[str] = "the estimated slope, which is written to a file before the weights move"
     stage: ClassVar[Stage] = Stage.RULE
     mergeable: ClassVar[bool] = True
     masters: ClassVar[bool] = False

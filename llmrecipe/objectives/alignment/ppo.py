@@ -88,6 +88,7 @@ class Ppo(Sampled, Objective):
     unsharded: ClassVar[str] = (
         "each process samples answers of its own, of lengths of their own, while parameters are gathered by all at once"
     )
+    waits: ClassVar[str] = "with target_kl_stop, whether the policy has moved so far that the next update is not to be made"
     rows: ClassVar[str] = "prompt"
     roles: ClassVar[tuple[str, ...]] = ("reference", "reward", "value")
     dropout: ClassVar[bool] = False
