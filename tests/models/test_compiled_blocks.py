@@ -79,7 +79,7 @@ WHOLE: dict[str, Callable[[], list[Any]]] = {
 """Wrappers whose hooks are traced: a block is one graph."""
 APART: dict[str, Callable[[], list[Any]]] = {
     "dora": lambda: [Dora(name="dora", r=2, target="attn.q")],
-    "prefix_tuning": lambda: [PrefixTuning(name="prefix_tuning", length=2)],
+    "prefix_tuning": lambda: [PrefixTuning(name="prefix_tuning", num_virtual_tokens=2)],
 }
 """Wrappers that stand between graphs."""
 

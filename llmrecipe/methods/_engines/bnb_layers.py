@@ -18,12 +18,17 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
+from llmrecipe.models.hooks.between_graphs import call_apart
+
 
 class Linear4bit(bnb.nn.Linear4bit):
     """y = x dequantize(W)^T + b. `compute_dtype` None computes in the dtype of x, or of autocast where that is on."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., in) -> (..., out)."""
+        return call_apart(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         # A sharded rebuild replaces the parameter object; the module keeps the state that belongs to it.
         state: Any = getattr(self.weight, "quant_state", None) or self.quant_state
         kind = x.device.type
@@ -42,6 +47,10 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., in) -> (..., out)."""
+        # The library keeps states of its own in Python objects.
+        return call_apart(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         weight: Any = self.weight
         if weight.CB is not None:
             self.init_8bit_state()
