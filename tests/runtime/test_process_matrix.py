@@ -23,8 +23,6 @@ LAUNCH = (
     "import sys; from llmrecipe.runtime.distributed_launch import launch; "
     "sys.exit(launch(sys.argv[2:], 2, program=[sys.executable, sys.argv[1]]))"
 )
-SECONDS = 60
-"""A run of two steps with two saves that takes longer on one core each hangs somewhere."""
 LIMIT = {
     "classification": ["data.limit=34"],
     "hyper_mtf": ["data.limit=48"],
@@ -75,7 +73,6 @@ class Matrix:
             said = self.said(2, name, rank)
             assert "error" not in said, said
             assert (said["world"], said["rank"]) == (2, rank)
-            assert said["seconds"] < SECONDS
         ours, other = self.learned(2, name, 0), self.learned(2, name, 1)
         alone = self.learned(1, name, 0)
         assert ours.keys() == other.keys() == alone.keys() and ours

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ def same_answers(model: Any, tokenizer: Any, prompts: list[list[int]], how: Samp
 
 def one(folder: Path, words: list[str], rank: int, world: int) -> dict[str, Any]:
     """One run, and what this process has to say of it."""
-    started = time.perf_counter()
     begun = Path(words[0].removeprefix("resume=")) if words[0].startswith("resume=") else None
     overrides = [*([] if begun else [*QUIET, *SHORT, f"run.dir={folder / 'run'}"]), f"runtime.processes={world}", *words[1:]]
     try:
@@ -53,7 +51,7 @@ def one(folder: Path, words: list[str], rank: int, world: int) -> dict[str, Any]
     with run.whole(write=True):
         tensors = {n: t.detach().contiguous().clone() for n, t in run.stack.delta(run.model).items()}
     save_file(tensors, str(folder / f"rank{rank}.safetensors"))
-    return {"world": run.runtime.world, "rank": run.runtime.rank, "seconds": time.perf_counter() - started}
+    return {"world": run.runtime.world, "rank": run.runtime.rank}
 
 
 def main() -> None:
