@@ -62,6 +62,7 @@ def verdicts(claims: Sequence[Order], runs: Sequence[dict[str, Any]], metric: st
     lines = ["| better | worse | paper | difference ± s.e. | seeds | verdict |", "| --- | --- | --- | --- | --- | --- |"]
     for claim in claims:
         difference, error, count = paired(scores(runs, claim.better), scores(runs, claim.worse), metric)
+        difference = round(difference, 12)  # What rounding leaves of a difference of 0 is no number to show.
         shown = number(difference) if error is None else f"{number(difference)} ± {number(error)}"
         names = f"{claim.better.partition(' (')[0]} | {'s4 reversed' if claim.worse == REVERSED else claim.worse}"
         lines.append(f"| {names} | {claim.paper} | {shown} | {count} | {verdict(difference, error)} |")
