@@ -182,12 +182,13 @@ def test_old_words_in_the_space_of_a_search_and_its_earlier_trials(tmp_path: Pat
         "search.space.objective.reward.judge.agent.sure is called search.space.objective.reward.judge.judge.sure"
     ]
     search = Search(str(tmp_path / "pipeline.yaml"), [f"run.dir={tmp_path / 'found'}"], made)
-    search.folder = tmp_path
-    head = search._head()
+    journal = search.journal
+    journal.path = tmp_path / "trials.jsonl"
+    head = journal._head()
     assert head["search"]["space"] == {"objective.reward.judge.agent.sure": [0.7, 0.8]}
     trial = {"number": 0, "point": {"objective.reward.judge.agent.sure": 0.7}, "values": [1.0], "reports": {"2": 1.0}}
     (tmp_path / "trials.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(trial)}\n")
-    assert search._journal() == [Trial(0, {"objective.reward.judge.judge.sure": 0.7}, [1.0], reports={2: 1.0})]
+    assert journal.read() == [Trial(0, {"objective.reward.judge.judge.sure": 0.7}, [1.0], reports={2: 1.0})]
 
 
 @pytest.mark.parametrize(("old", "new"), [(r.old, r.new) for r in RENAMES if r.group])

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from llmrecipe.interop.verify_logits import adapter_head
 from llmrecipe.models.checkpoint_path import TINY, adapter_base, check_folder
 from llmrecipe.models.folder_pooling import folder_pooling
 from llmrecipe.pipelines.search import costs
-from llmrecipe.pipelines.search.study import Search
+from llmrecipe.pipelines.search.trial_journal import TrialJournal
 from llmrecipe.recipe.schema import ModelSection, TokenizerSection
 from llmrecipe.runs import checkpoint_io
 from llmrecipe.runs.base_files import weight_files
@@ -81,12 +82,12 @@ def saved_checkpoint(folder: Path) -> Any:
 
 
 def trials(folder: Path) -> Any:
-    search = object.__new__(Search)
-    search.folder = folder
-    search._head = lambda: {"search": {}}  # type: ignore[method-assign]
     path = folder / "trials.jsonl"
+    journal = object.__new__(TrialJournal)
+    journal.path, journal.composition = path, SimpleNamespace(mapping={})
+    journal._head = lambda: {"search": {}}  # type: ignore[method-assign]
     path.write_bytes(json.dumps({"search": {}}).encode() + b"\n" + path.read_bytes().replace(b"\n", b" ") + b"\n")
-    return search._journal()
+    return journal.read()
 
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {

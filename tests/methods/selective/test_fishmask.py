@@ -148,7 +148,8 @@ def test_memory_is_twenty_bytes_an_entry():
     planned = Fishmask(name="fish", density=0.02).memory(model)
     stack = fish(model, density=0.02)
     facts = stack.wrappers[0].memory(model)
-    assert planned == facts
+    # What is set aside of the base is known once the entries are chosen.
+    assert facts == {**planned, "base_bytes": 4 * facts["trainable"]}
     assert sum(facts[k] for k in ("optimizer_bytes", "gradient_bytes", "index_bytes")) + 4 * facts["trainable"] == (
         20 * facts["trainable"]
     )
