@@ -180,15 +180,18 @@ def test_code_changed_on_the_way_is_not_run_under_the_old_key(pipeline: Path) ->
 
 @pytest.mark.slow
 def test_a_changed_reward_is_trained_anew_by_the_command(pipeline: Path, tmp_path: Path) -> None:
+    """The stage that opens the plugin in its own recipe, and no other."""
+    (tmp_path / "one.yaml").write_text(PIPELINE.replace("plugins: [keyed_plugin]\n", ""), encoding="utf-8")
+
     def run() -> str:
         environment = {**os.environ, "PYTHONPATH": str(pipeline.parent)}
-        command = [str(Path(sys.executable).with_name("llmrecipe")), "train", "recipe=two.yaml", "log.live=off"]
+        command = [str(Path(sys.executable).with_name("llmrecipe")), "train", "recipe=one.yaml", "log.live=off"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def folders() -> set[str]:
-        return {p.name for p in (tmp_path / "runs" / "two").iterdir() if p.is_dir()}
+        return {p.name for p in (tmp_path / "runs" / "one").iterdir() if p.is_dir()}
 
     run()
     made = folders()
