@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,7 @@ class Header:
     @property
     def count(self) -> int:
         """Return the number of entries."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, Any]:

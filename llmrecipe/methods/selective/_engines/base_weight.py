@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -22,10 +23,7 @@ class Weight:
     @property
     def numel(self) -> int:
         """Return how many numbers it has."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def value(self) -> Tensor:
