@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from llmrecipe.core.errors import RunError
 from llmrecipe.core.forward_context import Context, current
@@ -53,13 +54,48 @@ def generate(
 
 
 @dataclass(frozen=True)
+class ScoredAnswer:
+    """A generated answer with the log-probabilities that its decoder had."""
+
+    tokens: list[int]
+    """New token ids, including the end token where it was reached."""
+    logprobs: Tensor
+    """(n,) log softmax(logits / temperature) of each token, float32 on the CPU."""
+
+
+def generate_scored(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    keys: Sequence[int | str] | None = None,
+) -> list[ScoredAnswer]:
+    """Sample an answer to each prompt and return it with its log-probabilities; arguments as in `generate`.
+
+    Raises:
+        ValueError: the sampling is greedy, for which Transformers' own search shows no scores.
+    """
+    if sampling.temperature <= 0:
+        raise ValueError("scored answers are sampled at a temperature above 0")
+    if not prompts:
+        return []
+    picker = Picker(sampling, range(len(prompts)) if keys is None else keys, record=True)
+    found = {
+        i: ScoredAnswer(tokens, picker.logprobs(i, len(tokens)))
+        for i, tokens in _decoded(model, tokenizer, prompts, sampling, None, None, picker)
+    }
+    return [found[i] for i in range(len(prompts))]
+
+
+@dataclass(frozen=True)
 class RecordedAnswer:
     """A generated answer with the log-probabilities its decoder had."""
 
     prompt: list[int]
     tokens: list[int]
-    logprobs: list[float]
-    """One per token, at temperature 1."""
+    logprobs: Tensor
+    """(n,), as in `ScoredAnswer`."""
+    temperature: float
     task: int | None = None
 
 
@@ -78,7 +114,6 @@ def recorded_answers() -> Iterator[list[RecordedAnswer]]:
         _recording = None
 
 
-@torch.no_grad()
 def answered(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,7 +130,21 @@ def answered(
         report: called with (index, token) as tokens are picked; in a padded batch also with those behind the end of an answer.
     """
     if not prompts:
-        return
+        return iter(())
+    picker = Picker(sampling, range(len(prompts)) if keys is None else keys, report, record=_recording is not None)
+    return _decoded(model, tokenizer, prompts, sampling, context, tasks, picker)
+
+
+@torch.no_grad()
+def _decoded(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    context: Context | None,
+    tasks: Sequence[int] | None,
+    picker: Picker,
+) -> Iterator[tuple[int, list[int]]]:
     if empty := [number for number, prompt in enumerate(prompts, 1) if not prompt]:
         raise RunError(
             f"generation: prompt {empty[0]} of {len(prompts)} has no token ({len(empty)} have none): the tokenizer and the "
@@ -106,7 +155,6 @@ def answered(
     context = context or current()
     if tasks is None and context.task_ids is not None:
         tasks = context.task_ids[:, 0].expand(len(prompts)).tolist()
-    picker = Picker(sampling, range(len(prompts)) if keys is None else keys, report)
     ends = answer_ends(model, tokenizer, sampling)
     # Long prompts first: the largest batch comes first, and like lengths share a pass.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -114,11 +162,12 @@ def answered(
     try:
         job = Decoding(model, tokenizer, sampling, picker, ends, context)
         decoder = decoder_of(job, requests[0].task)
-        picker.seen = {} if _recording is not None and decoder is not left_padded and decoder is not equal else None
+        by_transformers = decoder is left_padded or decoder is equal
         for i, tokens in decoder(job, requests):
-            if _recording is not None and picker.seen is not None:
+            if _recording is not None and not by_transformers:
+                logprobs = picker.logprobs(i, len(tokens))
                 task = None if tasks is None else tasks[i]
-                _recording.append(RecordedAnswer(list(prompts[i]), list(tokens), picker.seen[i], task))
+                _recording.append(RecordedAnswer(list(prompts[i]), list(tokens), logprobs, picker.temperature, task))
             yield i, tokens
     finally:
         model.train(was_training)

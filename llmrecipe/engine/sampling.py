@@ -56,13 +56,14 @@ class Picker:
     Args:
         keys: of the answers, which name their streams.
         report: called with (answer, token) for each token at once; what it raises ends the decoding.
+        record: keep the log-probability of every token that is picked.
     """
 
-    def __init__(self, sampling: Sampling, keys: Sequence[int | str], report: Report | None = None):
-        self.likeliest, self.report = sampling.temperature <= 0, report
+    def __init__(self, sampling: Sampling, keys: Sequence[int | str], report: Report | None = None, record: bool = False):
+        self.likeliest, self.report, self.record = sampling.temperature <= 0, report, record
         self.greedy = self.likeliest and report is None
-        self.seen: dict[int, list[float]] | None = None
-        """Answer -> log-probability of each of its tokens before any warping; None unless they are recorded."""
+        self.temperature = 1.0 if self.likeliest else float(sampling.temperature)
+        self.recorded: dict[int, list[Tensor]] = {}
         self.uniform = torch.empty(0)
         """(answers, max_new_tokens) u in float64; empty where nothing is drawn."""
         self.warpers = known.LogitsProcessorList()
@@ -86,14 +87,23 @@ class Picker:
             at: how many tokens it has.
         """
         tokens = logits.argmax(-1) if self.likeliest else self._drawn(logits, answers, at)
-        if self.seen is not None:
-            sure = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-            for answer, value in zip(answers, sure.tolist(), strict=True):
-                self.seen.setdefault(answer, []).append(value)
+        if self.record:
+            scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+            picked = scaled.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+            for answer, value in zip(answers, picked.unbind(), strict=True):
+                self.recorded.setdefault(answer, []).append(value)
         if self.report is not None:
             for answer, token in zip(answers, tokens.tolist(), strict=True):
                 self.report(answer, token)
         return tokens
+
+    def logprobs(self, answer: int, count: int) -> Tensor:
+        """Return log softmax(logits / temperature) of an answer's first tokens, (count,) on the CPU; temperature 1 if greedy.
+
+        They are those of the whole distribution, before `top_k` and `top_p`.
+        """
+        values = self.recorded.get(answer, [])[:count]
+        return torch.stack(values).float().cpu() if values else torch.zeros(0)
 
     def _drawn(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
         scores = self.warpers(torch.empty(0), logits.to(torch.promote_types(logits.dtype, torch.float32)))  # type: ignore[arg-type]

@@ -66,7 +66,8 @@ def samples_of(answers: list[list[int]], rows: list[int] | None = None, scores: 
     for i, ids in enumerate(answers):
         row = ROWS[rows[i] if rows else i]
         answer = Answer("", "", {}, row["prompt_ids"], ids, ids[-1] == 2)
-        found.append(Sample(row["row"], answer, scores[i] if scores else 0.0, numbers={"rewards/score": 0.0}))
+        sampler = {"sampler": -4.0 + 0.1 * torch.arange(len(ids)) - 0.3 * i}
+        found.append(Sample(row["row"], answer, scores[i] if scores else 0.0, tokens=sampler, numbers={"rewards/score": 0.0}))
     return found
 
 

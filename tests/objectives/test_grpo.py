@@ -279,6 +279,16 @@ def trl_inputs(batch: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def trl_weights(inputs: dict[str, torch.Tensor], batch: Any, ours: Grpo) -> torch.Tensor:
+    """Truncated weights as the reference trainer makes them, (B, T) or (B, 1)."""
+    parts = batch.extra["sampler"].split([len(a) for a in ANSWERS])
+    sampler = torch.stack([torch.cat([p, torch.zeros(inputs["completion_mask"].shape[1] - p.numel())]) for p in parts])
+    apart = (inputs["old_per_token_logps"] - sampler) * inputs["completion_mask"]
+    if ours.sampler_correction == "sequence":
+        apart = apart.sum(-1, keepdim=True)
+    return apart.exp().clamp(max=ours.sampler_cap)
+
+
 def trl_trainer(kind: str, folder: Path, **config: Any) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
@@ -311,6 +321,10 @@ def trl_trainer(kind: str, folder: Path, **config: Any) -> Any:
         (Grpo(reward=REWARD, answers=2, max_new_tokens=9, loss_type="grpo", ratio="sequence", beta=0.1, clip_high=0.3,
               temperature=0.7),
          {"beta": 0.1, "loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_high": 0.3, "temperature": 0.7}),
+        (Grpo(reward=REWARD, answers=2, max_new_tokens=9, sampler_correction="token", sampler_cap=1.5),
+         {"beta": 0.04, "loss_type": "dapo"}),
+        (Grpo(reward=REWARD, answers=2, max_new_tokens=9, sampler_correction="sequence", sampler_cap=2.5, loss_type="grpo"),
+         {"beta": 0.04, "loss_type": "grpo"}),
         (Rloo(reward=REWARD, answers=2, max_new_tokens=9, beta=0.05, temperature=0.9), {"beta": 0.05, "temperature": 0.9}),
     ],
 )  # fmt: skip
@@ -331,6 +345,9 @@ def test_loss_and_gradients_equal_trl(ours: Any, theirs: dict[str, Any], tmp_pat
             pairs.append((hook, module))
     trainer.model.train()
     inputs = trl_inputs(batch)
+    if ours.sampler_correction != "none":
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        inputs["importance_sampling_ratio"] = trl_weights(inputs, batch, ours)
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
     mine = mean_loss(ours, batch, roles)

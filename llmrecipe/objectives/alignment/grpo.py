@@ -79,6 +79,11 @@ class Grpo(Sampled, Objective):
     """Mean over all tokens; over answers of their token means; or token sums over answers times `max_new_tokens`."""
     ratio: Literal["token", "sequence"] = "token"
     """A ratio for each token, or one per answer, the exponential of its mean log-ratio."""
+    sampler_correction: Literal["none", "token", "sequence"] = "none"
+    """Weight the surrogate by min(pi_old / pi_sampler, `sampler_cap`), of each token or of the whole answer: for a sampler
+    whose log-probabilities differ from those of training."""
+    sampler_cap: PositiveFloat = 2.0
+    """Largest of these weights."""
     missing_end: float | None = None
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     eval_temperature: NonNegativeFloat | None = None
@@ -125,13 +130,16 @@ class Grpo(Sampled, Objective):
             log_ratio = measured[extra["answer"]]
         high = self.clip if self.clip_high is None else self.clip_high
         ratio = log_ratio.exp()
-        losses = clipped_policy_loss(ratio, advantages, self.clip, high)
+        losses, corrected = self.corrected(clipped_policy_loss(ratio, advantages, self.clip, high), batch)
         if self.beta:
             kl = kl_estimate(logprobs, extra["reference"], self.kl_estimator)
             losses = losses + self.beta * (kl * ratio if self.kl_correction else kl)
         clipped = clipped_share(ratio.detach(), advantages, self.clip, high)
         return with_metrics(
-            self.reduce(losses, batch), rollout_metrics(batch, self.beta), ratio_metrics(measured, clipped, out["entropy"])
+            self.reduce(losses, batch),
+            rollout_metrics(batch, self.beta),
+            ratio_metrics(measured, clipped, out["entropy"]),
+            corrected,
         )
 
     def reduce(self, losses: Tensor, batch: Batch) -> Tensor:

@@ -143,6 +143,11 @@ class Ppo(Sampled, Objective):
     """Shift and scale the scores of each rollout to mean 0 and standard deviation 1, before they are clipped."""
     score_clip: PositiveFloat | None = None
     """Clip scores to [-c, c]."""
+    sampler_correction: Literal["none", "token", "sequence"] = "none"
+    """Weight the surrogate by min(pi_old / pi_sampler, `sampler_cap`), of each token or of the whole answer: for a sampler
+    whose log-probabilities differ from those of training."""
+    sampler_cap: PositiveFloat = 2.0
+    """Largest of these weights."""
     missing_end: float | None = -1.0
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     whiten_rewards: bool = False
@@ -264,7 +269,7 @@ class Ppo(Sampled, Objective):
         )
         logprobs, extra = out["logprobs"], batch.extra
         log_ratio, advantages = logprobs - extra["old"], extra["advantages"]
-        policy = clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip)
+        policy, corrected = self.corrected(clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip), batch)
         if self.kl_in == "loss":
             policy = policy + extra["beta"][extra["answer"]] * kl_estimate(logprobs, extra["reference"], self.kl_estimator)
         value = clipped_value_loss(out["values"], extra["values"], extra["returns"], self.value_clip).sum()
@@ -290,7 +295,7 @@ class Ppo(Sampled, Objective):
             "objective/kl_coef": (extra["beta"].sum(), float(extra["score"].numel())),
         }
         return with_metrics(
-            total, rollout_metrics(batch, extra["beta"]), ratio_metrics(log_ratio, clipped, out["entropy"]), own
+            total, rollout_metrics(batch, extra["beta"]), ratio_metrics(log_ratio, clipped, out["entropy"]), own, corrected
         )
 
     def after_step(self, step: int, metrics: Mapping[str, float], roles: Roles) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.core.errors import RecipeError
-from llmrecipe.core.option_types import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StopText
+from llmrecipe.core.option_types import Field, Literal, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StopText
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
@@ -66,6 +66,11 @@ class Rloo(Sampled, Objective):
     """How far from 1 the ratio still has a gradient."""
     normalise: bool = False
     """Subtract the mean of all advantages and divide by their standard deviation."""
+    sampler_correction: Literal["none", "sequence"] = "none"
+    """Weight the surrogate by min(pi_old / pi_sampler, `sampler_cap`) of the whole answer: for a sampler whose
+    log-probabilities differ from those of training."""
+    sampler_cap: PositiveFloat = 2.0
+    """Largest of these weights."""
     missing_end: float | None = None
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     eval_temperature: NonNegativeFloat | None = None
@@ -110,6 +115,7 @@ class Rloo(Sampled, Objective):
         out = roles.policy(batch, entropy=True, temperature=self.temperature)
         log_ratio = sum_by_answer(batch, out["logprobs"] - batch.extra["old"])
         advantages = batch.extra["advantages"]
-        total = clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip).sum()
+        losses, corrected = self.corrected(clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip), batch)
         clipped = clipped_share(log_ratio.detach().exp(), advantages, self.clip, self.clip)
-        return with_metrics(total, rollout_metrics(batch, self.beta), ratio_metrics(log_ratio, clipped, out["entropy"]))
+        moved = ratio_metrics(log_ratio, clipped, out["entropy"])
+        return with_metrics(losses.sum(), rollout_metrics(batch, self.beta), moved, corrected)

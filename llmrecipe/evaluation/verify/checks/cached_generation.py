@@ -47,8 +47,8 @@ class CachedGeneration(Verification):
                 ids = [*answer.prompt, *answer.tokens]
                 trained = [0] * len(answer.prompt) + [1] * len(answer.tokens)
                 batch = pad([Sequence(ids, trained, prompt=len(answer.prompt), task=answer.task or 0)], run.roles.pad_id)
-                read = run.roles.engine(batch.to(run.roles.device))["logprobs"].cpu()
-                apart, _ = largest({"t": read}, {"t": torch.tensor(answer.logprobs)})
+                read = run.roles.engine(batch.to(run.roles.device), temperature=answer.temperature)["logprobs"].cpu()
+                apart, _ = largest({"t": read}, {"t": answer.logprobs})
                 if not apart <= worst:
                     worst, where = apart, f"an answer of {len(answer.tokens)} tokens: the sampler's weights or cache differ"
         whose = "the objective's sampler" if bench.run.objective.samples else "cached generation"

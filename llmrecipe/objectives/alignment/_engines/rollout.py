@@ -2,8 +2,9 @@
 
 One rollout is one batch of prompts. Its answers are split into minibatches, one optimizer step each, `epochs` times in a new
 order. Log-probabilities of the sampling policy are measured by the training forward pass in the same micro-batches as in the
-first epoch, so the first ratio of a rollout is exactly 1; scores of the sampler itself, whose cache and padding round
-differently, are never used.
+first epoch, so the first ratio of a rollout is exactly 1. Those of the sampler itself, whose cache and padding round
+differently, are kept as `sampler`: their difference is reported with every update, and a correction for it can be
+switched on (see `sampler_weights`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from llmrecipe.core.foreign import stored_count
 from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.forward import Critic
-from llmrecipe.engine.generation import decode_ids, generate
+from llmrecipe.engine.generation import decode_ids, generate, generate_scored
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
+from llmrecipe.objectives.alignment._engines import sampler_mismatch
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.objectives.token_math import collate_tokens
 
@@ -121,7 +123,10 @@ class Rollouts:
         # Held-out answers depend on their rows alone: any number of processes and any batching samples the same ones.
         keys = [row["row"] for row in rows] if held_out else None
         sampling = self._sampling(held_out, roles)
-        answers = generate(roles.model, roles.tokenizer, prompts, sampling, keys=keys)
+        scored = [] if held_out else generate_scored(roles.model, roles.tokenizer, prompts, sampling)
+        answers = [answer.tokens for answer in scored]
+        if held_out:
+            answers = generate(roles.model, roles.tokenizer, prompts, sampling, keys=keys)
         ends = answer_ends(roles.model, roles.tokenizer, sampling)
         samples = []
         for index, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
@@ -129,7 +134,8 @@ class Rollouts:
             columns = json.loads(row.get("columns") or "{}")
             texts = decode_ids(roles.tokenizer, prompt), ends.text(ids)
             answer = Answer(*texts, columns, prompt, ids, ends.finished(ids))
-            samples.append(Sample(row["row"], answer, place=index // repeats))
+            sampler = {} if held_out else {sampler_mismatch.KEY: scored[index].logprobs}
+            samples.append(Sample(row["row"], answer, tokens=sampler, place=index // repeats))
         self._score(samples, roles)
         if not held_out:
             self._show(samples, roles)
@@ -268,7 +274,8 @@ class Rollouts:
             "no_opinion": torch.tensor(self.no_opinion),
         }
         plan = self.plan
-        tokens = list(samples[0].tokens if samples else ("old", *(("reference",) if plan.reference else ()), *plan.token_names))
+        measured = (sampler_mismatch.KEY, "old", *(("reference",) if plan.reference else ()), *plan.token_names)
+        tokens = list(samples[0].tokens if samples else measured)
         numbers = list(samples[0].numbers if samples else (*self.reward_names, "kl", *plan.number_names))
         extra |= {name: torch.cat([s.tokens[name] for s in samples]) if samples else torch.zeros(0) for name in tokens}
         extra |= {name: torch.tensor([s.numbers[name] for s in samples]) for name in numbers}

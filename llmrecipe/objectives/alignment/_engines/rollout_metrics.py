@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.methods._base.late_values import Largest, Smallest
+from llmrecipe.objectives.alignment._engines.sampler_mismatch import sampler_metrics
 from llmrecipe.objectives.base import Loss, Measures
 
 
@@ -31,7 +32,7 @@ def reward_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
 
 
 def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, float]]:
-    """Return metrics of the answers, as (sum, count): scores, divergence of a whole answer, lengths, ends."""
+    """Return metrics of the answers, as (sum, count): scores, divergence of a whole answer, lengths, ends, sampler."""
     extra, count = batch.extra, float(answer_count(batch))
     metrics: dict[str, tuple[Any, float]] = {"objective/scores": (extra["score"].sum(), count)}
     metrics |= reward_metrics(batch)
@@ -47,7 +48,7 @@ def rollout_metrics(batch: Batch, beta: float | Tensor) -> dict[str, tuple[Any, 
     metrics["response/tokens_per_s"] = (lengths.sum(), float(lengths.sum() * batch.here.extra["pace"]))
     metrics["response/eos_rate"] = (extra["finished"].sum(), count)
     metrics["response/no_opinion"] = (extra["no_opinion"] * count, count)
-    return metrics
+    return metrics | sampler_metrics(batch)
 
 
 HELD_OUT_METRICS: Measures = {"score": "max", "kl": None, "length": None, "eos_rate": None, "no_opinion": None}

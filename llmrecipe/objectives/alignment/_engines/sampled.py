@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Rollouts, Sample, check_rewards, held_out
 from llmrecipe.objectives.alignment._engines.rollout_metrics import HELD_OUT_METRICS, held_out_metrics
+from llmrecipe.objectives.alignment._engines.sampler_mismatch import sampler_weights, weight_metrics
 from llmrecipe.objectives.base import Measures
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmrecipe.data.collate import Batch
     from llmrecipe.data.prepare import Rows, SplitRows
     from llmrecipe.engine.role_models import Roles
@@ -34,6 +37,8 @@ class Sampled:
         missing_end: float | None
         eval_temperature: float | None
         generation_batch: int
+        sampler_correction: str
+        sampler_cap: float
         show: int
 
     def plan(self, **own: object) -> RolloutPlan:
@@ -97,6 +102,14 @@ class Sampled:
     def advantages(self, samples: list[Sample], roles: Roles) -> None:
         """Set the advantages of the answers of a rollout, by which the loss weights them."""
         raise NotImplementedError
+
+    def corrected(self, losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, tuple[Any, float]]]:
+        """Return surrogate losses, (N,) of tokens or (B,) of answers, weighted as `sampler_correction` says, and metrics."""
+        if self.sampler_correction == "none":
+            return losses, {}
+        weights = sampler_weights(batch, self.sampler_correction, self.sampler_cap)
+        metrics = weight_metrics(weights, self.sampler_cap)
+        return losses * (weights if weights.shape == losses.shape else weights[batch.extra["answer"]]), metrics
 
     def batches(self, source: Iterable[list[dict[str, Any]]], roles: Roles) -> Iterator[list[Batch]]:
         """Sample a rollout for each batch of prompts and yield its updates."""
