@@ -5,6 +5,8 @@
                      and where that allows as many as keep it busy, because the head's weight is read once for each chunk
     packed rows      routes of attention in the order they are tried (see `models.packed_attention`)
     compile          `blocks` compiles each block of the model; off everywhere until its gain is known net of the time it takes
+    kernels          `liger` computes rotary embeddings and gated activations by fused kernels; off everywhere until their gain
+                     is known, and where blocks are compiled
     optimizer        torch's implementation of a step: one kernel for all tensors, one a list, or one a tensor
     entries, words   entries of a tensor, and 64-bit words of a checksum, that are worked on at once
 
@@ -63,6 +65,8 @@ class Decisions:
     packed_attention: tuple[str, ...] = ("loop",)
     compile: str = "off"
     """`off` or `blocks`."""
+    kernels: str = "off"
+    """`off` or `liger`."""
     optimizer: str = "foreach"
     entries: int = 1 << 22
     words: int = 1 << 21
@@ -137,13 +141,18 @@ class Profile:
 
     @property
     def compiled(self) -> str:
-        """Return what of the model is compiled: off or blocks."""
-        return str(self._value("compile"))
+        """Return what of the model is compiled: off or blocks; what a key says comes before what the device decides."""
+        return "off" if "compile" not in self.chosen and self.chosen.get("kernels") == "liger" else str(self._value("compile"))
 
     @property
     def compile(self) -> bool:
         """Return whether blocks of the model are compiled."""
         return self.compiled == "blocks"
+
+    @property
+    def kernels(self) -> str:
+        """Return whose fused kernels compute parts of a block: off, or liger where blocks are not compiled."""
+        return "off" if self.compile else str(self._value("kernels"))
 
     @property
     def optimizer(self) -> str:

@@ -30,6 +30,7 @@ from llmrecipe.engine.pooling import LAYERS, Pool, pool_states
 from llmrecipe.engine.recomputation import forget_blocks, recomputing
 from llmrecipe.engine.row_reading import RowReading, measure_reading, obeys
 from llmrecipe.engine.vector_decoder import decoding, encoder_rows, mount_decoder
+from llmrecipe.models.fused_kernels import FusedParts
 from llmrecipe.models.hooks.hook import all_hooks
 from llmrecipe.models.load_balance import auxiliary_loss
 from llmrecipe.models.masked_heads import language_head_of
@@ -62,6 +63,8 @@ class Engine(nn.Module):
         self.autocast = autocast
         self.compiled: CompiledBlocks | None = None
         """Its blocks, where they are compiled."""
+        self.fused = FusedParts()
+        """What of it goes through fused kernels of a package."""
         self.one_by_one = False
         """Whether packed documents are attended in turn because one call for all did not give the model's states."""
         self.post = Post.of(model.config)

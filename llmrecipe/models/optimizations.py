@@ -10,6 +10,8 @@ A run whose method adds hooks later therefore computes as it does after a resume
 - Root-mean-square norms of the plain form w * x / sqrt(mean(x^2) + eps) go through `torch.nn.functional.rms_norm`: one
   kernel on a GPU instead of several. In low precision on a CPU the stock implementation is faster and stays.
 
+`fused_kernels` adds, where `model.kernels` says so, what a package for it computes.
+
 Each is tested on the given model when it is installed, and removed where the result is not the same.
 """
 
@@ -24,7 +26,7 @@ import os
 import shutil
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +39,26 @@ from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import backbone_of, pretrained
 from llmrecipe.models.vocabulary import input_embedding
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 WORTH = 0.9
 """Rows are selected only where fewer than this share of them is used."""
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest value, that counts as equal in float32."""
 ROUNDING = 2.0**-7
 """The same where the weights are of lower precision: one unit in the last place of bfloat16."""
+
+
+def replaces_stock(forward: Function) -> Function:
+    """Mark a forward that takes the place of a stock module's, so that `without_speed_ups` finds it."""
+    forward.__dict__["replaces_stock"] = True
+    return forward
+
+
+def plain_slot(module: nn.Module) -> str | None:
+    """Return the attribute below a module's hooks that a forward goes into; None where something else has replaced it."""
+    slot = "_inner_forward" if "_inner_forward" in module.__dict__ else "forward"
+    return slot if module.__dict__.get(slot) is None else None
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -79,12 +95,11 @@ def speed_up(model: nn.Module, equal: Callable[[Tensor, Tensor], bool] = same) -
 @contextlib.contextmanager
 def without_speed_ups(model: nn.Module) -> Iterator[None]:
     """Compute inside the context as the stock modules do; what `speed_up` installed comes back afterwards."""
-    replaced = (_norm_forward, _read_rows_forward)
     kept = [
         (module, slot, forward)
         for module in model.modules()
         for slot in ("forward", "_inner_forward")
-        if getattr(forward := module.__dict__.get(slot), "__func__", None) in replaced
+        if getattr(getattr(forward := module.__dict__.get(slot), "__func__", None), "replaces_stock", False)
     ]
     try:
         for module, slot, _ in kept:
@@ -146,6 +161,7 @@ def _row_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(site.role, site.module) for site in wanted]
 
 
+@replaces_stock
 def _read_rows_forward(self: nn.Module, *args: object, **kwargs: object) -> object:
     """Compute y[read] = f(x[read]), (..., D) -> (..., D'), zero elsewhere; all rows where `Context.read` is unknown."""
     inner = self.__dict__[BELOW_OUTERMOST] or functools.partial(type(self).forward, self)
@@ -172,14 +188,21 @@ def _rowwise(hook: Hook) -> bool:
     return hook.rowwise or hook_kind(hook) == "weight"
 
 
+def probe_ids(model: nn.Module) -> Tensor | None:
+    """Return the tokens (1, 8) of a short pass; None of a model that reads none."""
+    embedding = input_embedding(pretrained(model))
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    return (torch.arange(3, 11, device=next(model.parameters()).device) % embedding.num_embeddings)[None]
+
+
 @torch.no_grad()
 def _same_where_read(model: nn.Module, equal: Callable[[Tensor, Tensor], bool]) -> bool:
     """Return whether a short pass gives the same final states with and without skipping, at the rows that are used."""
-    device = next(model.parameters()).device
-    embedding = input_embedding(pretrained(model))
-    if not isinstance(embedding, nn.Embedding):
+    ids = probe_ids(model)
+    if ids is None:
         return False
-    ids = (torch.arange(3, 11, device=device) % embedding.num_embeddings)[None]
+    device = ids.device
     positions = torch.arange(ids.shape[1], device=device)[None]
     read = torch.tensor([1, 4, 6], device=device)
     training = model.training
@@ -208,6 +231,7 @@ class _Norm(Protocol):
     variance_epsilon: float
 
 
+@replaces_stock
 def _norm_forward(self: _Norm, hidden_states: Tensor) -> Tensor:
     return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
@@ -218,8 +242,7 @@ def _plain_norm(module: nn.Module, equal: Callable[[Tensor, Tensor], bool]) -> b
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return False
-    hooked = "_inner_forward" in module.__dict__
-    if module.__dict__.get("_inner_forward" if hooked else "forward") is not None:
+    if plain_slot(module) is None:
         return False
     if set(module._parameters) != {"weight"} or len(list(module.children())) != len(hooks_of(module)):
         return False

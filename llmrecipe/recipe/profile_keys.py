@@ -17,6 +17,7 @@ KEYS = {
     "logit_rows": "runtime.logit_rows",
     "packed_attention": "model.packed_attention",
     "compile": "model.compile",
+    "kernels": "model.kernels",
     "optimizer": "runtime.optimizer_kernel",
 }
 """Decision of the profile -> the key that overrides it. `batch.micro` cuts micro-batches by rows, so that no number of tokens
@@ -34,6 +35,8 @@ def choices(recipe: Recipe) -> dict[str, Any]:
         found["packed_attention"] = (recipe.model.packed_attention,)
     if recipe.model.compile != "auto":
         found["compile"] = recipe.model.compile
+    if recipe.model.kernels != "auto":
+        found["kernels"] = recipe.model.kernels
     if recipe.runtime.optimizer_kernel != "auto":
         found["optimizer"] = recipe.runtime.optimizer_kernel
     return found
@@ -65,6 +68,7 @@ def profile_line(profile: Profile, recipe: Recipe, vocabulary: int | None, route
         "logit_rows": f"logits of {profile.logit_rows(vocabulary):,} positions at once" if vocabulary else "",
         "packed_attention": f"packed attention by {' or '.join(routes)}" if routes else "",
         "compile": f"compile {profile.compiled}",
+        "kernels": f"kernels {profile.kernels}" if profile.kernels != "off" or "kernels" in profile.chosen else "",
         "optimizer": f"{profile.optimizer} optimizer",
     }
     said = [f"{text} ({KEYS[name]})" if profile.chosen.get(name) is not None else text for name, text in parts.items() if text]

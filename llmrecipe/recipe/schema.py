@@ -49,6 +49,11 @@ class ModelSection(Section):
         description="torch.compile each transformer block (blocks), for rows of any length; it pays off after thousands of "
         "steps. `auto`: off.",
     )
+    kernels: Literal["auto", "off", "liger"] = Field(
+        "auto",
+        description="Fused kernels of the liger-kernel package for rotary embeddings and gated activations, where blocks are "
+        "not compiled (liger; `pip install 'llmrecipe[kernels]'`). `auto`: off.",
+    )
     revision: str | None = Field(None, description="Hub revision.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint. Off unless you opt in; never read from a run."

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llmrecipe.core import registry
 from llmrecipe.core.errors import RecipeError, UserError, did_you_mean
-from llmrecipe.recipe import memory_rules, packing_rules, sharding_rules, trained_tokenizer
+from llmrecipe.recipe import kernel_rules, memory_rules, packing_rules, sharding_rules, trained_tokenizer
 from llmrecipe.recipe.mistakes import Mistake, merge_mistakes, report, translate, yaml_text
 from llmrecipe.recipe.provenance import Origin, leaves
 from llmrecipe.recipe.registered_names import unknown_names
@@ -76,7 +76,7 @@ def validate(mapping: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | Non
     if recipe is not None and not mistakes:
         rules = (
             trained_tokenizer.mistakes, sharding_rules.sharding_mistakes, packing_rules.packing_mistakes,
-            memory_rules.memory_mistakes,
+            memory_rules.memory_mistakes, kernel_rules.kernel_mistakes,
         )  # fmt: skip
         mistakes += [Mistake(*found) for rule in rules for found in rule(recipe)]
     mistakes = [m for m in mistakes if m.key not in unset or m.text.endswith("KEY=VALUE")] if unset else mistakes

@@ -25,6 +25,7 @@ from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import compiled_blocks
+from llmrecipe.models.fused_kernels import fuse_kernels
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
 from llmrecipe.optim.optimizer import Divide, Optimizer, build_optimizer, parameter_groups
@@ -172,6 +173,10 @@ def build_roles(recipe: Recipe, stack: Stack, model: open_model.LoadedModel, run
     dtype = compute_dtype(recipe.model.dtype, model.model.stored_dtype, device.type)
     profile = profile_of(device)
     engine = Engine(model.model, autocast_of(dtype, stack))
+    if profile.kernels == "liger":
+        dtype_of = engine.autocast or torch.bfloat16
+        with torch.autocast(device.type, dtype=dtype_of, enabled=engine.autocast is not None):
+            engine.fused = fuse_kernels(model.model, "kernels" in profile.chosen)
     if profile.compile:
         selective = recipe.model.gradient_checkpointing == "selective"
         engine.compiled = compiled_blocks.compiled_blocks(model.model, "compile" in profile.chosen, selective)

@@ -48,10 +48,13 @@ def announce(run: RunState) -> None:
         f"{'packed' if run.roles.packing else 'padded'}, "
         f"{run.runtime.device}, {run.runtime.world} process{'es' if run.runtime.world > 1 else ''}; {run.dir.path}",
         described_profile(run),
+        *filter(None, [run.roles.engine.fused.line()]),
         *waiting_lines(run.stack, run.objective, run.runtime.device.type),
     ]
     for line in lines:
         say_progress(line)
+    if why := run.roles.engine.fused.refused:
+        run.events.warning(f"model.kernels: liger {why}; the run goes on without")
     if run.roles.engine.one_by_one:
         run.events.warning(
             "attention in one call does not give this model's states here: packed documents are computed one after another "

@@ -48,6 +48,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kerne
 FORMS = ("true", "selective", "offload")
 """Of gradient checkpointing."""
 COMPILED = "model.compile=blocks"
+KERNELS = "model.kernels=liger"
 LEAST = 20.0
 """Seconds that must be left for another cell to start."""
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -86,6 +87,12 @@ def cells(dry: bool = False) -> list[Cell]:
         for lengths in ("full", "real")
     ]
     found += [Cell("product", "sft", "full", middle, "full", words=COMPILED)]
+    found += [Cell("product", t, m, s, "real", "equal", "float32", KERNELS) for t, m, s in compiled]
+    found += [Cell("product", "sft", "lora", "tiny", "real", "equal", "bfloat16", KERNELS)]
+    found += [
+        Cell("product", "sft", "lora", shape, lengths, words=KERNELS) for shape in (big, middle) for lengths in ("full", "real")
+    ]
+    found += [Cell("product", "sft", "full", middle, "full", words=KERNELS)]
     return list(dict.fromkeys(found))
 
 
@@ -125,7 +132,7 @@ class Bench:
 
     def one(self, cell: Cell, number: int) -> dict[str, Any]:
         """A cell's result, or why there is none."""
-        if (reason := missing(cell)) is not None:
+        if (reason := missing(cell, self.device)) is not None:
             return {"status": "skipped", "error": reason}
         place = self.folder / f"{number}"
         model = self.folder / f"{cell.shape}-{cell.dtype}"
@@ -239,7 +246,7 @@ def page(found: dict[str, Any], results: list[dict[str, Any]]) -> str:
             f"| {c['task']} | {c['method']} | {c['dtype']} | {c.get('words', '')} | {r['difference']:.1e} | "
             f"{r['tolerance']:.0e} | {verdict} |"
         )
-    lines += ["", "## Steps after which compiled blocks pay", "", *(payback(done) or ["Not measured."])]
+    lines += ["", "## Steps after which compiled blocks and fused kernels pay", "", *(payback(done) or ["Not measured."])]
     for r in (r for r in done if r["cell"]["kind"] == "profile"):
         lines += ["", f"## Where a step goes: {Cell(**r['cell']).name}", "", *profile_lines(r["kernels"])]
     left = [f"- {Cell(**r['cell']).name}: {r['status']}: {said(r)}" for r in results if r["status"] != "ok"]
@@ -248,18 +255,19 @@ def page(found: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 
 def payback(done: list[dict[str, Any]]) -> list[str]:
-    """One line for each cell with compiled blocks beside the same without: what a step gains, and when that is more than was
-    spent before the rates begin."""
+    """One line for each cell with compiled blocks or fused kernels beside the same without: what a step gains, and when that is
+    more than was spent before the rates begin."""
     plain = {Cell(**r["cell"]): r for r in done if r["cell"]["kind"] == "speed" and r["cell"]["side"] == "product"}
     lines = []
     for cell, own in plain.items():
         other = plain.get(replace(cell, words=""))
-        if cell.words != COMPILED or other is None:
+        if cell.words not in (COMPILED, KERNELS) or other is None:
             continue
         gained, spent = other["step_s"] - own["step_s"], max(0.0, own["warm_s"] - other["warm_s"])
         after = f"after {math.ceil(spent / gained)} steps" if gained > 0 else "never"
         lines.append(
-            f"- {replace(cell, words='').name}: {gained / other['step_s']:+.1%} of a step, {spent:.1f} s more before: {after}"
+            f"- {replace(cell, words='').name} ({cell.words}): {gained / other['step_s']:+.1%} of a step, {spent:.1f} s more "
+            f"before: {after}"
         )
     return lines
 

@@ -22,12 +22,16 @@ NEEDS = {
 }
 
 
-def missing(cell: Cell) -> str | None:
-    """Why a side cannot do a cell; None where it can."""
+def missing(cell: Cell, device: str) -> str | None:
+    """Why a side cannot do a cell on a device; None where it can."""
+    from llmrecipe.models.fused_kernels import kernels_lacking
+
     needed = [*NEEDS[cell.side], *(["bitsandbytes"] if cell.method == "qlora" else [])]
     absent = [name for name in needed if find_spec(name) is None]
     if absent:
         return f"not importable: {', '.join(absent)}"
+    if "model.kernels=liger" in cell.words and (lacks := kernels_lacking(device)) is not None:
+        return f"liger {lacks}"
     if cell.side == "trl_best" and not extras(cell):
         return "nothing to add to trl here: liger_kernel and flash_attn are not importable"
     return None

@@ -16,7 +16,7 @@ import pytest
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_cell import compared
 from tests.benchmarks.gpu_flops import SHAPES, peak_tflops, step_flops, utilisation
-from tests.benchmarks.gpu_peer import NEEDS
+from tests.benchmarks.gpu_peer import NEEDS, missing
 from tests.benchmarks.gpu_work import (
     SIZES,
     Cell,
@@ -123,17 +123,21 @@ def test_cells_cover_what_people_train_and_the_most_valuable_come_first() -> Non
 
 def test_each_form_of_recomputation_is_compared_and_timed() -> None:
     for kind, lengths in (("equal", "real"), ("speed", "full")):
-        found = {c.words for c in gpu.cells() if c.words and (c.kind, c.lengths) == (kind, lengths)}
+        found = {c.words for c in gpu.cells() if c.words and (c.kind, c.lengths) == (kind, lengths)} - {
+            gpu.COMPILED,
+            gpu.KERNELS,
+        }
         forms = {f"model.gradient_checkpointing={form}" for form in ("true", "selective", "offload")}
-        assert found == {*forms, "model.compile=blocks"}
+        assert found == forms
     cell, size = Cell("product", "sft", "lora", "llama-3.1-8b", "long"), SIZES["whole"]
     assert sequence_lengths(cell, rows_of(cell, size), size) == [32768] * size.steps
     assert gpu.side({"cell": {"side": "product", "words": "a=b"}, "settings": {}}) == "product (a=b)"
 
 
-def test_compiled_blocks_are_compared_first_and_timed_net_of_what_compiling_takes() -> None:
-    kinds = [c.kind for c in gpu.cells() if c.words == gpu.COMPILED]
-    assert "speed" in kinds and kinds == sorted(kinds)
+def test_compiled_blocks_and_kernels_are_compared_first_and_timed_net_of_what_compiling_takes() -> None:
+    for words in (gpu.COMPILED, gpu.KERNELS):
+        kinds = [c.kind for c in gpu.cells() if c.words == words]
+        assert "speed" in kinds and "equal" in kinds and kinds == sorted(kinds)
 
     def result(words: str, step: float, warm: float, shape: str = "tiny") -> dict[str, Any]:
         cell = Cell("product", "sft", "lora", shape, words=words)
@@ -141,10 +145,17 @@ def test_compiled_blocks_are_compared_first_and_timed_net_of_what_compiling_take
 
     done = [result("", 2.0, 10.0), result(gpu.COMPILED, 1.5, 50.4), result(gpu.COMPILED, 1.0, 9.0, "tiny-qwen3")]
     name = "product sft lora tiny full speed bfloat16"
-    assert gpu.payback(done) == [f"- {name}: +25.0% of a step, 40.4 s more before: after 81 steps"]
-    assert gpu.payback([result("", 1.0, 1.0), result(gpu.COMPILED, 1.5, 2.0)]) == [
-        f"- {name}: -50.0% of a step, 1.0 s more before: never"
+    assert gpu.payback(done) == [f"- {name} (model.compile=blocks): +25.0% of a step, 40.4 s more before: after 81 steps"]
+    assert gpu.payback([result("", 1.0, 1.0), result(gpu.KERNELS, 1.5, 2.0)]) == [
+        f"- {name} (model.kernels=liger): -50.0% of a step, 1.0 s more before: never"
     ]
+
+
+def test_kernels_that_a_machine_lacks_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cell = Cell("product", "sft", "lora", "tiny", words=gpu.KERNELS)
+    assert missing(cell, "cpu") == "liger needs a CUDA GPU, and the device is cpu"
+    assert missing(Cell("product", "sft", "lora", "tiny"), "cpu") is None
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
@@ -237,7 +248,7 @@ def test_every_cell_runs_dry(tmp_path: Path) -> None:
     gpu.main(["--minutes", "30", "--dry-run", "--folder", str(tmp_path / "work"), "--out", str(tmp_path / "gpu-x")])
     results = json.loads((tmp_path / "gpu-x.json").read_text())["results"]
     assert [r["cell"] for r in results if r["status"] == "failed"] == []
-    known = ("not importable", "nothing to add")
+    known = ("not importable", "nothing to add", "liger needs")
     assert all(r["status"] == "ok" or any(k in r["error"] for k in known) for r in results)
     ours = {(r["cell"]["task"], r["cell"]["lengths"]): r["tokens"] for r in results if r.get("settings") == {}}
     for r in results:

@@ -17,7 +17,7 @@ from llmrecipe.cli.app import run_command as command
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"}
-IMPORTED = {"mlflow-skinny": "mlflow", "lm-eval": "lm_eval", "rouge-score": "rouge_score"}
+IMPORTED = {"mlflow-skinny": "mlflow", "lm-eval": "lm_eval", "rouge-score": "rouge_score", "liger-kernel": "liger_kernel"}
 """Package -> the module it installs, where that has another name."""
 BEHIND = {"scipy": "optuna.samplers.GPSampler"}
 """Package that another one imports -> what it is imported for."""

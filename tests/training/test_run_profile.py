@@ -43,12 +43,13 @@ def recipe(*overrides: str) -> Any:
 def test_every_decision_has_a_key() -> None:
     assert not choices(recipe())
     given = ["batch.tokens=64", "runtime.logit_rows=9", "model.packed_attention=loop", "model.compile=blocks"]
-    found = choices(recipe(*given, "runtime.optimizer_kernel=single"))
+    found = choices(recipe(*given, "model.kernels=off", "runtime.optimizer_kernel=single"))
     assert found == {
         "micro_tokens": 64,
         "logit_rows": 9,
         "packed_attention": ("loop",),
         "compile": "blocks",
+        "kernels": "off",
         "optimizer": "single",
     }
     assert found.keys() == KEYS.keys()
