@@ -8,6 +8,8 @@
     kernels          `liger` computes rotary embeddings and gated activations by fused kernels; off everywhere until their gain
                      is known, and where blocks are compiled
     optimizer        torch's implementation of a step: one kernel for all tensors, one a list, or one a tensor
+    decoding         how answers are sampled: shapes that follow what is needed, or fixed ones, and those replayed as CUDA
+                     graphs; `continuous` everywhere until the gain of the others is known
     entries, words   entries of a tensor, and 64-bit words of a checksum, that are worked on at once
 
 Numbers agree over profiles up to rounding. A run decides once, stores what it decided and uses it again when it is resumed; a
@@ -68,6 +70,8 @@ class Decisions:
     kernels: str = "off"
     """`off` or `liger`."""
     optimizer: str = "foreach"
+    decoding: str = "continuous"
+    """`continuous`, `static` or `graphs`; see `engine.decoders`."""
     entries: int = 1 << 22
     words: int = 1 << 21
 
@@ -158,6 +162,11 @@ class Profile:
     def optimizer(self) -> str:
         """Return torch's implementation of an optimizer: fused, foreach or single."""
         return str(self._value("optimizer"))
+
+    @property
+    def decoding(self) -> str:
+        """Return how answers are decoded: continuous, static or graphs."""
+        return str(self._value("decoding"))
 
     def logit_rows(self, vocabulary: int) -> int:
         """Return the number of positions whose float32 logits (V,) are formed at once."""

@@ -53,6 +53,8 @@ class DecodingRow:
     start: int
     """Column of its first token."""
     new: list[int] = field(default_factory=list)
+    place: int = 0
+    """Which row of a batch of fixed shape it is."""
 
 
 def decode_continuously(batch: RunningBatch, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:

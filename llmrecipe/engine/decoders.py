@@ -1,9 +1,14 @@
 """The ways to decode answers, and which of them are right on the model at hand.
 
     continuous   rows leave and join a running batch (see `engine.continuous_batching`)
+    static       the same with tensors of fixed shape, of which a row is overwritten (see `engine.static_batch`)
+    graphs       the same, each step replayed as one CUDA graph (see `engine.captured_step`)
     padded       batches padded on the left, by the model's own `generate`
     equal        batches of prompts of equal length, by the model's own `generate`
     uncached     one prompt at a time, every token from a pass over everything before it
+
+The device profile chooses among the first three (`runtime.decoding`); where its choice is not right on a model, `continuous`
+and those below it follow.
 
 The last is right for every model that can read a text, and slow. A state that reads the padding, positions counted from the
 first column, and a cache that is not kept make the others wrong without a word, so each is tried on a few made-up prompts: the
@@ -17,19 +22,23 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from llmrecipe.core.console import say_progress
+from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import reason_of
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.engine.answer_ends import AnswerEnds, StopRows
+from llmrecipe.engine.captured_step import captured
 from llmrecipe.engine.continuous_batching import PendingPrompt, RunningBatch, decode_continuously, open_prompts, pad_token
 from llmrecipe.engine.row_reading import in_full_precision
 from llmrecipe.engine.sampling import NextTokens, PickerProcessor, Sampling
+from llmrecipe.engine.static_batch import Compute, StaticBatch
 from llmrecipe.models import kv_cache
 from llmrecipe.models.vocabulary import input_embedding
 
@@ -59,6 +68,8 @@ class Decoding:
     """Decides where answers end."""
     context: Context
     """Of the forward passes; masks and tasks are filled in."""
+    trial: bool = False
+    """Whether it is found out here if a way is right."""
 
 
 Scores = dict[tuple[int, int], Tensor]
@@ -71,6 +82,36 @@ def continuous(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tup
     """Decode a fixed number of answers at once, replacing those that have ended."""
     batch = RunningBatch(job.model, job.tokenizer, job.sampling, job.picker, job.ends, job.context)
     yield from decode_continuously(batch, requests)
+
+
+def static(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
+    """Decode as `continuous` does, in tensors of fixed shape."""
+    yield from decode_continuously(_static_batch(job, requests), requests)
+
+
+def graphs(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
+    """Decode as `static` does, replaying each step as a CUDA graph.
+
+    Raises:
+        ModelError: a key names this way, and a step cannot be captured; else answers go on without.
+    """
+
+    def capture(compute: Compute) -> Compute:
+        try:
+            return captured(compute)
+        except Exception as error:  # CUDA and hooks raise whatever they do
+            if job.trial:
+                raise
+            _passed_over(job.model, "graphs", f"a step cannot be captured: {reason_of(error)}", error)
+            return compute
+
+    yield from decode_continuously(_static_batch(job, requests, capture), requests)
+
+
+def _static_batch(
+    job: Decoding, requests: Sequence[PendingPrompt], capture: Callable[[Compute], Compute] | None = None
+) -> StaticBatch:
+    return StaticBatch(job.model, job.tokenizer, job.sampling, job.picker, job.ends, job.context, requests, capture)
 
 
 def left_padded(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[int, list[int]]]:
@@ -106,30 +147,50 @@ def uncached(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple
         yield request.index, new
 
 
-WAYS: dict[str, Decoder] = {"continuous": continuous, "padded": left_padded, "equal": equal}
+WAYS: dict[str, Decoder] = {
+    "graphs": graphs,
+    "static": static,
+    "continuous": continuous,
+    "padded": left_padded,
+    "equal": equal,
+}
+_reports: WeakKeyDictionary[nn.Module, Callable[[str], None]] = WeakKeyDictionary()
+FIXED = ("graphs", "static")
+"""Ways that are tried only where the device profile chooses them."""
+
+
+def report_decoding(model: nn.Module, report: Callable[[str], None]) -> None:
+    """Have a model's decoders report what they fall back from, as a run does in its events; else it is a line of progress."""
+    _reports[model] = report
 
 
 def decoder_of(job: Decoding, task: int | None) -> Decoder:
-    """Return the fastest decoder that is right on the model; each is tried once and the result kept with the model.
+    """Return the first decoder that is right on the model; each is tried once and the result kept with the model.
 
     Args:
         task: a task to try it under, where the model keeps tasks apart.
 
     Raises:
-        ModelError: the model cannot be run on a text, or nothing but the slow way is right and its weights are sharded.
+        ModelError: the model cannot be run on a text, a key names a way that is not right, or nothing but the slow way is right
+            and its weights are sharded.
     """
     model: Any = job.model
     tried: dict[str, bool] = model.__dict__.setdefault("decoders_tried", {})
-    able = {"continuous": kv_cache.fresh(model) is not None, "padded": model.can_generate(), "equal": model.can_generate()}
     wanted: Scores | Exception | None = None
-    for name, way in WAYS.items():
-        if not able[name]:
+    chosen = profile_of(next(model.parameters()).device).decoding
+    for name in [chosen, *(other for other in WAYS if other not in (chosen, *FIXED))]:
+        if why := _lacking(model, name):
+            _passed_over(model, name, why)
             continue
         if name not in tried:
             wanted = _scores(uncached, job, task) if wanted is None else wanted
-            tried[name] = _right(model, _scores(way, job, task), wanted)
+            found = _scores(WAYS[name], job, task)
+            tried[name] = _right(model, found, wanted)
+            if isinstance(found, Exception):
+                _passed_over(model, name, reason_of(found), found)
         if tried[name]:
-            return way
+            return WAYS[name]
+        _passed_over(model, name, "its scores are not those without a cache")
     if "uncached" not in tried:
         wanted = _scores(uncached, job, task) if wanted is None else wanted
         family = model.config.model_type
@@ -147,13 +208,43 @@ def decoder_of(job: Decoding, task: int | None) -> Decoder:
     return uncached
 
 
+def _lacking(model: LanguageModel, name: str) -> str | None:
+    """Return why a way cannot be tried on a model; None where it can."""
+    device = next(model.parameters()).device.type
+    if name == "graphs" and device != "cuda":
+        return f"it needs a CUDA GPU, and the device is {device}"
+    if name in FIXED and not kv_cache.fixable(model):
+        return "the model has no cache of fixed shape"
+    if name == "continuous":
+        return "the cache has no rows that can leave and join" if kv_cache.fresh(model) is None else None
+    return None if name in FIXED or model.can_generate() else "the model cannot generate"
+
+
+def _passed_over(model: LanguageModel, name: str, why: str, error: Exception | None = None) -> None:
+    """Report that a way is not taken on a model, where the device profile chose it among those of fixed shape.
+
+    Raises:
+        ModelError: a key names it.
+    """
+    profile = profile_of(next(model.parameters()).device)
+    if name != profile.decoding or (name == "continuous" and "decoding" not in profile.chosen):
+        return
+    text = f"runtime.decoding: '{model.config.model_type}' is not decoded by {name}: {why}"
+    if "decoding" in profile.chosen:
+        raise ModelError(f"{text}; use auto") from error
+    said: set[str] = model.__dict__.setdefault("decoders_passed_over", set())
+    if name not in said:
+        said.add(name)
+        _reports.get(model, say_progress)(f"{text}; it is decoded in another way")
+
+
 def _scores(way: Decoder, job: Decoding, task: int | None) -> Scores | Exception:
     """Return the scores of made-up prompts whose answers are given, or what went wrong."""
     embedding = input_embedding(job.model)
     rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 2
     picker = _GivenTokens(rows)
     sampling = Sampling(NEW, batch=2)
-    trial = replace(job, sampling=sampling, picker=picker, ends=AnswerEnds(job.tokenizer, (), sampling))
+    trial = replace(job, sampling=sampling, picker=picker, ends=AnswerEnds(job.tokenizer, (), sampling), trial=True)
     order = sorted(range(len(LENGTHS)), key=lambda i: -LENGTHS[i])
     prompts = [PendingPrompt(i, tuple((5 * i + k + 3) % rows for k in range(LENGTHS[i])), task) for i in order]
     device = next(job.model.parameters()).device

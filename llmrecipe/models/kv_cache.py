@@ -9,6 +9,8 @@ columns and is treated alike.
 
 `fresh` says which models have such a cache. What a method computes for each row in the pass over a prompt and reuses in later
 passes belongs into `carried(cache)`: it is reordered with the rows.
+
+`FixedCache` has rows and columns that stay: rows end at a column that moves to the right, and are overwritten by new ones.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 Carried = dict[str, dict[Any, Tensor]]
@@ -71,6 +73,8 @@ def fresh(model: nn.Module) -> RowCache | None:
 def cached(inputs: dict[str, Any]) -> int:
     """Return the number of tokens already in the cache of a pass."""
     cache = inputs.get("past_key_values")
+    if isinstance(cache, FixedCache):
+        return cache.seen
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
@@ -148,6 +152,94 @@ def join(first: RowCache, second: RowCache) -> None:
 def cache_columns(layer: CacheLayer) -> int:
     """Return C, the number of columns that went through a layer and were not cut off."""
     return int(layer.get_seq_length())
+
+
+def columns_of(cache: RowCache) -> int:
+    """Return C of a cache that has read something."""
+    return cache_columns(_filled(cache)[0])
+
+
+def fixable(model: nn.Module) -> bool:
+    """Return whether keys behind the newest column do not mislead a model, as its class says, and its rows can be replaced."""
+    return bool(getattr(model, "_can_compile_fullgraph", False)) and fresh(model) is not None
+
+
+class FixedLayer(StaticLayer):
+    """Keys (R, H, C, E) and values of one layer, written at the column its cache is at; a sliding window is the mask's part.
+
+    Args:
+        like: a layer of another cache, for sizes and dtypes.
+        column: where the next token is written, one tensor for all layers; a layer does not move it.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, like: CacheLayer, rows: int, columns: int, column: Tensor):
+        super().__init__(columns)
+        self.keys, self.values = (x.new_zeros(rows, x.shape[1], columns, x.shape[3]) for x in (like.keys, like.values))
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.cumulative_length, self.is_initialized = column, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Write one token of each row, (R, H, 1, E), and return all columns."""
+        at = self.cumulative_length.view(1)
+        self.keys.index_copy_(2, at, key_states)
+        self.values.index_copy_(2, at, value_states)
+        return self.keys, self.values
+
+
+class FixedCache(Cache):
+    """A cache whose tensors keep their shapes and their places: rows are overwritten, and columns that are dead are masked.
+
+    The newest token of every row stands in the column before `column`. What a column held before it was written again, and
+    what stands before a row's first token, is never read: that is the mask's part.
+
+    Args:
+        like: a cache that has read something, for the sizes of the layers.
+    """
+
+    def __init__(self, like: RowCache, rows: int, columns: int):
+        self.rows, self.columns, self.seen = rows, columns, 0
+        self.carried: Carried = {}
+        self.column = torch.zeros((), dtype=torch.long, device=_filled(like)[0].keys.device)
+        """Where the next token is written, on the device."""
+        layers: list[Any] = [FixedLayer(x, rows, columns, self.column) if x.is_initialized else x for x in like.layers]
+        super().__init__(layers=layers)
+
+    def stand_at(self, column: int) -> None:
+        """Write the next token at a column.
+
+        Args:
+            column: also what the host knows of it (`seen`).
+        """
+        self.seen = column
+        self.column.fill_(column)
+
+    def advance(self) -> None:
+        """Go on to the next column."""
+        self.seen += 1
+        self.column.add_(1)
+
+    def put(self, rows: Tensor, other: RowCache) -> None:
+        """Overwrite rows (N,) by those of another cache, whose newest column comes to stand before `column`."""
+        for own, new in zip(_filled(cast("RowCache", self)), _filled(other), strict=True):
+            first = self.seen - new.keys.shape[2]
+            own.keys[:, :, first : self.seen].index_copy_(0, rows, new.keys)
+            own.values[:, :, first : self.seen].index_copy_(0, rows, new.values)
+        for name, group in carried(other).items():
+            for key, value in group.items():
+                kept = self.carried.setdefault(name, {})
+                if key not in kept:
+                    kept[key] = value.new_zeros(self.rows, *value.shape[1:])
+                kept[key].index_copy_(0, rows, value)
+
+    def move(self, columns: int) -> None:
+        """Move every row by a number of columns, to the left where it is negative."""
+        for layer in _filled(cast("RowCache", self)):
+            layer.keys.copy_(layer.keys.roll(columns, 2))
+            layer.values.copy_(layer.values.roll(columns, 2))
+        self.stand_at(self.seen + columns)
 
 
 def _filled(cache: RowCache) -> list[CacheLayer]:

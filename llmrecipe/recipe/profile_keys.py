@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core import device_profile
 from llmrecipe.core.device_profile import Profile, decide
+from llmrecipe.core.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ KEYS = {
     "compile": "model.compile",
     "kernels": "model.kernels",
     "optimizer": "runtime.optimizer_kernel",
+    "decoding": "runtime.decoding",
 }
 """Decision of the profile -> the key that overrides it. `batch.micro` cuts micro-batches by rows, so that no number of tokens
 does unless `batch.tokens` gives one."""
@@ -39,7 +41,22 @@ def choices(recipe: Recipe) -> dict[str, Any]:
         found["kernels"] = recipe.model.kernels
     if recipe.runtime.optimizer_kernel != "auto":
         found["optimizer"] = recipe.runtime.optimizer_kernel
+    if recipe.runtime.decoding != "auto":
+        found["decoding"] = recipe.runtime.decoding
     return found
+
+
+def check_device(recipe: Recipe, device: torch.device | str) -> None:
+    """Refuse a key that names what a device does not have, before any weight is read.
+
+    Raises:
+        RecipeError: it names both.
+    """
+    kind = str(device).partition(":")[0]
+    if recipe.runtime.decoding == "graphs" and kind != "cuda":
+        raise RecipeError(
+            f"runtime.decoding: graphs needs a CUDA GPU, and the device is {kind}; use auto, continuous or static"
+        )
 
 
 def profile_for(recipe: Recipe, device: torch.device | str, known: Profile | None = None) -> Profile:
@@ -70,6 +87,7 @@ def profile_line(profile: Profile, recipe: Recipe, vocabulary: int | None, route
         "compile": f"compile {profile.compiled}",
         "kernels": f"kernels {profile.kernels}" if profile.kernels != "off" or "kernels" in profile.chosen else "",
         "optimizer": f"{profile.optimizer} optimizer",
+        "decoding": f"{profile.decoding} decoding",
     }
     said = [f"{text} ({KEYS[name]})" if profile.chosen.get(name) is not None else text for name, text in parts.items() if text]
     return f"device: {profile.name or profile.kind}; {', '.join(said)}"

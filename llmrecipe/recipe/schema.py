@@ -192,6 +192,11 @@ class RuntimeSection(Section):
         description="How torch's adamw, sgd, rmsprop and muon make a step: in one kernel (fused), in one for each operation on "
         "all tensors (foreach), or tensor by tensor (single). `auto`: fused where the device and the optimizer have it.",
     )
+    decoding: Literal["auto", "continuous", "static", "graphs"] = Field(
+        "auto",
+        description="How answers are sampled: in a batch whose rows leave and join (continuous), in tensors of fixed shape "
+        "(static), or in these with each step replayed as one CUDA graph (graphs). `auto`: continuous.",
+    )
     processes: PositiveInt = Field(1, description="Processes this run expects; `launch --nproc N` sets it.")
     shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
         "none",

@@ -16,6 +16,7 @@ from llmrecipe.core.key_reads import KeyReads
 from llmrecipe.data.batch_plan import BatchPlan
 from llmrecipe.data.tokenize.chat_templates import keep_trained_template
 from llmrecipe.engine import reference_model
+from llmrecipe.engine.decoders import report_decoding
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.packing import packing_for
 from llmrecipe.engine.reference_cache import ReferenceCache
@@ -115,6 +116,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
         roles.data, roles.events = data, events
         if roles.engine.compiled is not None:
             roles.engine.compiled.report = events.warning
+        report_decoding(roles.model, events.warning)
         if identity is not None:
             identity.tokenizer = model.tokenizer
         optimizer = None

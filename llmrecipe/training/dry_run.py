@@ -23,7 +23,7 @@ from llmrecipe.models.pretrained import pretrained
 from llmrecipe.optim.optimizer import Group, parameter_groups
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.pipeline_plan import refuse_stages
-from llmrecipe.recipe.profile_keys import profile_for
+from llmrecipe.recipe.profile_keys import check_device, profile_for
 from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs import delta
@@ -207,6 +207,7 @@ def _build(composition: Composition, made: StackChoices | None, known: Profile |
     check_trackers(settings.log.trackers)
     recipe_checks.check_parts(settings, parts)
     device = pick_device(settings.runtime.device)
+    check_device(settings, device)
     use(profile_for(settings, device, known))
     data, validation, labels = read_data(settings, parts.objective, parts.wrappers)
     stack = build_model.stack_for(parts.objective, [w.for_tasks(data.tasks) for w in parts.wrappers])

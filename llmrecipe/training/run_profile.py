@@ -11,7 +11,7 @@ from llmrecipe.core.device_profile import Profile, profile_from, profile_of
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.packed_attention import routes_of
-from llmrecipe.recipe.profile_keys import profile_for, profile_line
+from llmrecipe.recipe.profile_keys import check_device, profile_for, profile_line
 from llmrecipe.training.measured_memory import vocabulary_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def decided_profile(recipe: Recipe, device: torch.device, resume: Path | None, s
 
     Raises:
         RunError: the run's `report.json` cannot be read.
+        RecipeError: a key names what the device does not have.
     """
+    check_device(recipe, device)
     known = stored_profile(resume) if resume is not None else None
     found = profile_for(recipe, device, known)
     if known is not None and speaks and (known.kind, known.name) != (found.kind, found.name):

@@ -67,7 +67,7 @@ def test_a_gpu_decides_by_its_memory(facts: DeviceFacts, tokens: int, rows: int)
     assert found.micro_tokens == tokens
     assert found.logit_rows(128_256) == rows
     assert found.packed_attention == ("varlen", "flash", "flex", "loop")
-    assert not found.compile
+    assert not found.compile and found.decoding == "continuous"
 
 
 def test_another_device_is_not_measured() -> None:
@@ -78,10 +78,11 @@ def test_another_device_is_not_measured() -> None:
 def test_keys_override_one_decision_each() -> None:
     chosen: dict[str, Any] = {
         "micro_tokens": 7, "logit_rows": 3, "packed_attention": ("flash",), "compile": "blocks", "optimizer": "single",
+        "decoding": "static",
     }  # fmt: skip
     found = profile(MIDDLE, **chosen)
     assert (found.micro_tokens, found.logit_rows(128_256), found.packed_attention) == (7, 3, ("flash",))
-    assert (found.compile, found.compiled, found.optimizer) == (True, "blocks", "single")
+    assert (found.compile, found.compiled, found.optimizer, found.decoding) == (True, "blocks", "single", "static")
     assert profile(MIDDLE, micro_tokens=None).micro_tokens is None
     assert profile(MIDDLE, logit_rows=3).micro_tokens == 4096
 

@@ -238,6 +238,17 @@ def test_a_run_stopped_inside_a_rollout_goes_on_bit_for_bit(tmp_path: Path) -> N
     assert {"prompt", "answer", "score"} <= events(tmp_path / "whole", "sample")[0].keys()
 
 
+def test_a_run_that_samples_in_tensors_of_fixed_shape_is_the_same(tmp_path: Path) -> None:
+    """Two rollouts: the second one is sampled from weights that the first one changed."""
+    for way in ("continuous", "static"):
+        run = train_recipe(tmp_path / way, "grpo", *SHORT, "steps=4", f"runtime.decoding={way}")
+        assert [name for name, right in run.roles.model.decoders_tried.items() if right] == [way]
+    for own, wanted in zip(curve(tmp_path / "static"), curve(tmp_path / "continuous"), strict=True):
+        assert own == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    one, other = learned(tmp_path / "static"), learned(tmp_path / "continuous")
+    assert all(torch.allclose(one[k], other[k], atol=1e-5) for k in one) and one.keys() == other.keys()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["grpo", "rloo"])
 def test_a_heavy_leash_holds_the_policy(recipe: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from llmrecipe.core import device_profile, registry
 from llmrecipe.core.device_profile import DeviceFacts
-from llmrecipe.core.errors import RunError
+from llmrecipe.core.errors import RecipeError, RunError
 from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.optim.optimizer import Group, build_optimizer
 from llmrecipe.recipe.compose import compose
@@ -43,7 +43,8 @@ def recipe(*overrides: str) -> Any:
 def test_every_decision_has_a_key() -> None:
     assert not choices(recipe())
     given = ["batch.tokens=64", "runtime.logit_rows=9", "model.packed_attention=loop", "model.compile=blocks"]
-    found = choices(recipe(*given, "model.kernels=off", "runtime.optimizer_kernel=single"))
+    keys = ["model.kernels=off", "runtime.optimizer_kernel=single", "runtime.decoding=static"]
+    found = choices(recipe(*given, *keys))
     assert found == {
         "micro_tokens": 64,
         "logit_rows": 9,
@@ -51,6 +52,7 @@ def test_every_decision_has_a_key() -> None:
         "compile": "blocks",
         "kernels": "off",
         "optimizer": "single",
+        "decoding": "static",
     }
     assert found.keys() == KEYS.keys()
 
@@ -64,17 +66,18 @@ def test_the_line_names_the_keys_that_decided(monkeypatch: pytest.MonkeyPatch) -
     own = recipe()
     assert profile_line(profile_for(own, "cpu"), own, 32_000, ("loop",)) == (
         "device: cpu; micro-batches of at most 512 tokens, logits of 131 positions at once, packed attention by loop, "
-        "compile off, fused optimizer"
+        "compile off, fused optimizer, continuous decoding"
     )
     monkeypatch.setattr(device_profile, "facts_of", lambda device: GPU)
-    own = recipe("batch.micro=2", "runtime.logit_rows=2000", "model.compile=blocks")
+    own = recipe("batch.micro=2", "runtime.logit_rows=2000", "model.compile=blocks", "runtime.decoding=graphs")
     assert profile_line(profile_for(own, "cuda"), own, None, ()) == (
-        "device: a GPU; micro-batches of at most 2 rows (batch.micro), compile blocks (model.compile), fused optimizer"
+        "device: a GPU; micro-batches of at most 2 rows (batch.micro), compile blocks (model.compile), fused optimizer, "
+        "graphs decoding (runtime.decoding)"
     )
     own = recipe("runtime.logit_rows=2000")
     assert profile_line(profile_for(own, "cuda"), own, 128_256, ("flex", "loop")) == (
         "device: a GPU; micro-batches of at most 4,096 tokens, logits of 2,000 positions at once (runtime.logit_rows), "
-        "packed attention by flex or loop, compile off, fused optimizer"
+        "packed attention by flex or loop, compile off, fused optimizer, continuous decoding"
     )
 
 
@@ -102,6 +105,12 @@ def test_a_run_says_and_keeps_its_profile_and_a_resume_uses_it(tmp_path: Path, c
     report[PART]["decided"]["micro_tokens"] = 1024
     (run / "report.json").write_text(json.dumps(report))
     assert small < predict_memory(run).activations
+
+
+def test_graphs_are_refused_before_a_model_is_read_where_there_is_no_gpu() -> None:
+    with pytest.raises(RecipeError, match=r"runtime\.decoding: graphs needs a CUDA GPU, and the device is cpu; use auto"):
+        decided_profile(recipe("runtime.decoding=graphs"), torch.device("cpu"), None)
+    assert decided_profile(recipe("runtime.decoding=static"), torch.device("cpu"), None).decoding == "static"
 
 
 def test_a_model_that_is_no_run_decides_here(tmp_path: Path) -> None:

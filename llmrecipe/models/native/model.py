@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqMoEModelOutput
 from transformers.utils import ModelOutput
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from llmrecipe.models.native.config import NativeConfig
@@ -37,6 +38,7 @@ class NativePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NativeLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -160,7 +162,7 @@ class NativeStack(NativePreTrainedModel):
             )
         if self.relative is None:
             return found
-        columns = x.shape[1] + (own.get_seq_length() if own is not None else 0)
+        columns = x.shape[1] if own is None else own.get_mask_sizes(x.shape[1], 0)[0]
         keys = position_ids
         if columns > x.shape[1]:
             past = torch.arange(columns, device=x.device).expand(x.shape[0], -1)
@@ -217,7 +219,7 @@ class NativeStack(NativePreTrainedModel):
 
 def _once(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Return positions (1, T) where all rows have the same, so that what depends on them is computed for one row."""
-    if torch.compiler.is_compiling() or not bool((queries == queries[:1]).all() and (keys == keys[:1]).all()):
+    if is_tracing(queries) or not bool((queries == queries[:1]).all() and (keys == keys[:1]).all()):
         return queries, keys
     return queries[:1], keys[:1]
 
