@@ -53,7 +53,7 @@ def open_combination(
                 f"{path} trained {len(biases)} biases of the base (bias, bitfit), which are no low-rank change that could be "
                 "added to another; export each run alone"
             )
-        branches = concatenate_branches(branches_of(loaded))
+        branches = concatenate_branches(branches_of(loaded.model, loaded.mounted))
         if any(b.magnitude is not None for b in branches):
             raise ModelError(f"{path} is a DoRA run: it rescales whole weights, which cannot be added to another change")
         everything += [(b, weight) for b in branches]

@@ -24,6 +24,7 @@ from llmrecipe.runs.open_model import LoadedModel
 from llmrecipe.runs.run_names import run_title
 
 NAME = "vllm-lora"
+COMMAND = f"export --to {NAME}"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of `--max-lora-rank`; an adapter may have any rank up to it."""
 DEFAULT_RANK = 16
@@ -62,15 +63,12 @@ def export_vllm_lora(
         raise _refusal("it knows no native base model")
     if loaded.mounted:
         try:
-            branches_of(loaded)
+            branches_of(loaded.model, loaded.mounted)
         except ModelError as error:
             raise _refusal(f"it adds low-rank changes of weights alone ({str(error).partition(': ')[2]})") from error
-    try:
-        done = export_peft(
-            run, target, bound=bound, uniform=True, as_lora=True, loaded=loaded, rights=rights, check=check_rules
-        )
-    except ModelError as error:
-        raise ModelError(str(error).replace("export --to peft:", f"export --to {NAME}:", 1)) from error
+    done = export_peft(
+        run, target, bound=bound, uniform=True, as_lora=True, loaded=loaded, rights=rights, check=check_rules, command=COMMAND
+    )
     notes = list(done.notes)
     if base is None and embedded(done.path):
         base = str(copy_base(done.path))
@@ -90,8 +88,11 @@ def copy_base(folder: Path) -> Path:
     return Path(shutil.copytree(TINY, folder / BASE_FOLDER, ignore=shutil.ignore_patterns("*.md")))
 
 
-def check_rules(adapter: Adapter) -> None:
+def check_rules(adapter: Adapter, command: str = COMMAND) -> None:
     """Refuse an adapter that vLLM would not load.
+
+    Args:
+        command: begins the message.
 
     Raises:
         ModelError: naming the rule.
@@ -112,11 +113,12 @@ def check_rules(adapter: Adapter) -> None:
     elif rest:
         reason = f"it reads lora_A and lora_B of linear layers, and the adapter has {rest[0]}"
     if reason is not None:
-        raise _refusal(reason)
+        raise _refusal(reason, command)
 
 
-def _refusal(rule: str) -> ModelError:
-    return ModelError(f"export --to {NAME}: vLLM loads no such adapter: {rule}; export --to merged serves the run whole")
+def _refusal(rule: str, command: str = COMMAND) -> ModelError:
+    rest = "; export --to merged serves the run whole" if command == COMMAND else ""
+    return ModelError(f"{command}: vLLM loads no such adapter: {rule}{rest}")
 
 
 def serve_command(folder: Path, name: str, base: str | None) -> str:

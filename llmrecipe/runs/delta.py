@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,6 +177,16 @@ def _mount(model: nn.Module, layer: Layer, index: int) -> list[Wrapper]:
     stack.restore(model, {rename_tensor(name, names): value for name, value in stored_heads.split(layer.tensors)[0].items()})
     freeze(model, stack)
     return stack.wrappers
+
+
+def unmounted(name: str) -> str:
+    """Return the name that a wrapper has in its recipe.
+
+    Examples:
+        >>> unmounted("mounted0_lora"), unmounted("lora")
+        ('lora', 'lora')
+    """
+    return re.sub(r"^mounted\d+_", "", name)
 
 
 def without_injected(saved: SavedStack) -> SavedStack:

@@ -24,7 +24,12 @@ SIGNS = {
 DPO_LOSSES = {"sigmoid": "sigmoid", "robust": "robust", "hinge": "hinge", "exo_pair": "exo", "nca_pair": "nca"} | {
     "apo_zero": "apo_zero", "apo_down": "apo_down", "sppo_hard": "sppo"
 }  # fmt: skip
-VLLM = Only("answers are sampled by the model that trains, with continuous batching; no server is used")
+VLLM = Only(
+    "answers are sampled by the model that trains, with continuous batching; objective.sampler names a vLLM server instead"
+)
+CORRECTION = Only(
+    "objective.sampler_correction=token or sequence, objective.sampler_cap: by default only the difference is reported"
+)
 REFERENCE = Only("the reference can follow the policy: objective.ref_sync={alpha, steps}, for full fine-tuning")
 DPO = ("dpo",)
 RL = ("grpo", "rloo")
@@ -86,6 +91,9 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "log_completions": Same("objective.show prints answers at each evaluation"),
     **rows_of("use_vllm", VLLM),
     **rows_of("vllm_mode vllm_server_host vllm_server_port vllm_gpu_memory_utilization", Same(VLLM.remedy)),
+    "vllm_importance_sampling_cap": To("objective.sampler_cap", finite_number, objectives=RL),
+    "vllm_importance_sampling_clip_max": To("objective.sampler_cap", finite_number, objectives=RL),
+    **rows_of("vllm_importance_sampling_correction vllm_importance_sampling_mode", CORRECTION),
     "env": Only("variables of the environment: set them in the shell"),
 }  # fmt: skip
 

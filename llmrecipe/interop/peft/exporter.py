@@ -6,7 +6,7 @@ the logits of the run. What PEFT cannot express is refused, with the reason, bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,14 @@ from llmrecipe.models.task_heads import is_head
 from llmrecipe.recipe.rights import RIGHTS
 from llmrecipe.recipe.schema import TokenizerSection
 from llmrecipe.runs import delta
+from llmrecipe.runs.delta import unmounted
 from llmrecipe.runs.open_model import LoadedModel, open_saved
 
 if TYPE_CHECKING:
+    from llmrecipe.methods._base.method import Wrapper
     from llmrecipe.models.pretrained import LanguageModel
 
+COMMAND = "export --to peft"
 TASKS = {
     "classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
@@ -61,6 +64,7 @@ def export_peft(
     loaded: LoadedModel | None = None,
     rights: Mapping[str, bool] | None = None,
     check: Callable[[Adapter], None] = lambda adapter: None,
+    command: str = COMMAND,
 ) -> Exported:
     """Write a run's methods as a PEFT adapter folder.
 
@@ -72,6 +76,7 @@ def export_peft(
         options, rights: see `open_run`.
         loaded: what to write instead of the run itself (see `merge_adapters.open_combination`).
         check: refuses an adapter before it is written.
+        command: begins the messages of refusals.
 
     Raises:
         ModelError: PEFT has no counterpart (said before anything is written), or the logits moved.
@@ -81,9 +86,9 @@ def export_peft(
     loaded = loaded or open_run(str(run), options=options, rights=rights)
     refuse_label_head(loaded, "peft")
     if not loaded.mounted:
-        raise ModelError("export --to peft: every weight of this run was trained, so there is no adapter; use --to merged")
+        raise ModelError(f"{command}: every weight of this run was trained, so there is no adapter; use --to merged")
     saved = saved_from(loaded)
-    adapter = adapter_of(loaded, saved, uniform=uniform, as_lora=as_lora)
+    adapter = adapter_of(loaded, saved, uniform=uniform, as_lora=as_lora, command=command)
     check(adapter)
     difference = verified(target, loaded, lambda aside: layout.write_adapter_folder(aside, adapter), bound)
     return Exported(target, difference, _notes(loaded, adapter))
@@ -167,22 +172,24 @@ def reread(folder: Path, loaded: LoadedModel, saved: delta.SavedStack) -> Langua
     return open_saved(section, delta.without_injected(saved), folder, TokenizerSection(), head=saved.head).model
 
 
-def adapter_of(loaded: LoadedModel, saved: delta.SavedStack, *, uniform: bool = False, as_lora: bool = False) -> Adapter:
-    """Return the adapter of a run in PEFT's layout.
+def adapter_of(
+    loaded: LoadedModel, saved: delta.SavedStack, *, uniform: bool = False, as_lora: bool = False, command: str = COMMAND
+) -> Adapter:
+    """Return the adapter of a run in PEFT's layout; arguments as in `export_peft`.
 
     Raises:
         ModelError: PEFT has no counterpart for something in the stack.
     """
     if any("new_rows" in name for layer in saved.layers for name in layer.tensors):
         raise ModelError(
-            "export --to peft: tokens were added to the vocabulary, and the base that the adapter names does not have them; "
-            "use --to merged"
+            f"{command}: tokens were added to the vocabulary, and the base that the adapter names does not have them; use "
+            "--to merged"
         )
     native = [(w, made) for w in loaded.mounted if (made := None if as_lora else native_adapter(w, loaded.model)) is not None]
     if native and len(loaded.mounted) == 1:
         adapter = native[0][1]
     else:
-        branches = branches_of(loaded)
+        branches = branches_of(loaded.model, loaded.mounted, command)
         first = loaded.mounted[0]
         adapter = layout.lora_adapter(
             layout.with_one_rank(layout.concatenate_branches(branches)) if uniform else branches,
@@ -202,30 +209,32 @@ def adapter_of(loaded: LoadedModel, saved: delta.SavedStack, *, uniform: bool = 
     return adapter
 
 
-def branches_of(loaded: LoadedModel) -> list[Branch]:
-    """Return every low-rank change of the mounted stacks, without the biases trained with them (see `trained_biases`).
+def branches_of(model: nn.Module, wrappers: Sequence[Wrapper], command: str = COMMAND) -> list[Branch]:
+    """Return every low-rank change of wrappers on a model, without the biases trained with them (see `trained_biases`).
+
+    Args:
+        command: begins the messages of refusals.
 
     Raises:
-        ModelError: something mounted is not a low-rank change of a weight, or of one in other codes than the base's.
+        ModelError: one of them is not a low-rank change of a weight, or of one in other codes than the base's.
     """
-    chosen = next((hook.owner for _, _, _, hook in all_hooks(loaded.model) if isinstance(hook, Requantized)), None)
+    chosen = next((hook.owner for _, _, _, hook in all_hooks(model) if isinstance(hook, Requantized)), None)
     if chosen is not None:
         raise ModelError(
-            f"export --to peft: '{chosen.split('_', 1)[1]}' stands on 4-bit codes chosen together with it (loftq_iter), and a "
+            f"{command}: '{unmounted(chosen)}' stands on 4-bit codes chosen together with it (loftq_iter), and a "
             "PEFT folder has no place for them; use --to merged"
         )
     branches: list[Branch] = []
-    adjacent = any(branch_of(path, module, hook) is not None for path, module, _, hook in all_hooks(loaded.model))
-    for wrapper in loaded.mounted:
-        own = [(path, module, hook) for path, module, _, hook in all_hooks(loaded.model, wrapper.name)]
+    adjacent = any(branch_of(path, module, hook) is not None for path, module, _, hook in all_hooks(model))
+    for wrapper in wrappers:
+        own = [(path, module, hook) for path, module, _, hook in all_hooks(model, wrapper.name)]
         hooks = [place for place in own if not isinstance(place[2], BiasMaster)]
         found = [branch for place in hooks if (branch := branch_of(*place)) is not None]
         if len(found) < len(hooks) or not (found or (adjacent and own)):
-            name = wrapper.name.split("_", 1)[1]
-            others = len(loaded.mounted) > 1 and native_adapter(wrapper, loaded.model) is not None
+            others = len(wrappers) > 1 and native_adapter(wrapper, model) is not None
             why = "PEFT cannot hold it together with the other stacks of this run" if others else "PEFT has no such method"
             raise ModelError(
-                f"export --to peft: {why} ('{name}')"
+                f"{command}: {why} ('{unmounted(wrapper.name)}')"
                 + ("; use --to merged" if wrapper.merges() else "; llmrecipe.load(run) uses it as it is")
             )
         branches += found

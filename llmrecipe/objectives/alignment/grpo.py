@@ -79,11 +79,6 @@ class Grpo(Sampled, Objective):
     """Mean over all tokens; over answers of their token means; or token sums over answers times `max_new_tokens`."""
     ratio: Literal["token", "sequence"] = "token"
     """A ratio for each token, or one per answer, the exponential of its mean log-ratio."""
-    sampler_correction: Literal["none", "token", "sequence"] = "none"
-    """Weight the surrogate by min(pi_old / pi_sampler, `sampler_cap`), of each token or of the whole answer: for a sampler
-    whose log-probabilities differ from those of training."""
-    sampler_cap: PositiveFloat = 2.0
-    """Largest of these weights."""
     missing_end: float | None = None
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     eval_temperature: NonNegativeFloat | None = None

@@ -143,11 +143,6 @@ class Ppo(Sampled, Objective):
     """Shift and scale the scores of each rollout to mean 0 and standard deviation 1, before they are clipped."""
     score_clip: PositiveFloat | None = None
     """Clip scores to [-c, c]."""
-    sampler_correction: Literal["none", "token", "sequence"] = "none"
-    """Weight the surrogate by min(pi_old / pi_sampler, `sampler_cap`), of each token or of the whole answer: for a sampler
-    whose log-probabilities differ from those of training."""
-    sampler_cap: PositiveFloat = 2.0
-    """Largest of these weights."""
     missing_end: float | None = -1.0
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     whiten_rewards: bool = False

@@ -69,8 +69,6 @@ class Rloo(Sampled, Objective):
     sampler_correction: Literal["none", "sequence"] = "none"
     """Weight the surrogate by min(pi_old / pi_sampler, `sampler_cap`) of the whole answer: for a sampler whose
     log-probabilities differ from those of training."""
-    sampler_cap: PositiveFloat = 2.0
-    """Largest of these weights."""
     missing_end: float | None = None
     """Score of an answer that reached `max_new_tokens` without an end; null keeps its own score."""
     eval_temperature: NonNegativeFloat | None = None

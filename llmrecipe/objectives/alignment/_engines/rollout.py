@@ -24,15 +24,17 @@ from llmrecipe.core.foreign import stored_count
 from llmrecipe.data.collate import Batch, Sequence
 from llmrecipe.engine.answer_ends import answer_ends
 from llmrecipe.engine.forward import Critic
-from llmrecipe.engine.generation import decode_ids, generate, generate_scored
+from llmrecipe.engine.generation import ScoredAnswer, decode_ids, generate, generate_scored
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
-from llmrecipe.objectives.alignment._engines import sampler_mismatch
+from llmrecipe.objectives.alignment._engines.sampler_mismatch import KEY as SAMPLER
+from llmrecipe.objectives.alignment._engines.sampler_mismatch import warn_of_mismatch
 from llmrecipe.objectives.reward_interface import Answer, Rewards
 from llmrecipe.objectives.token_math import collate_tokens
 
 if TYPE_CHECKING:
     from llmrecipe.data.prepare import Rows, SplitRows
+    from llmrecipe.objectives.alignment._engines.policy_server import PolicyServer
 
 
 HELD_OUT = "held_out"
@@ -111,11 +113,17 @@ class Rollouts:
         """Share of the last rollout's answers, over all processes, that were left out: no reward has an opinion of them."""
         self.pace = 0.0
         """Seconds per token that sampling and scoring the last rollout took on this process."""
+        self.server: PolicyServer | None = None
+        """Samples what is trained on; None where the model that trains does."""
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
-    def draw(self, rows: list[dict[str, Any]], roles: Roles) -> list[Sample]:
-        """Sample and score answers to the rows' prompts; answers to one prompt are adjacent."""
+    def draw(self, rows: list[dict[str, Any]], roles: Roles, server: PolicyServer | None = None) -> list[Sample]:
+        """Sample and score answers to the rows' prompts; answers to one prompt are adjacent.
+
+        Args:
+            server: samples them; None lets the model do it.
+        """
         plan = self.plan
         held_out = bool(rows) and bool(rows[0].get(HELD_OUT))
         repeats = 1 if held_out else plan.answers
@@ -123,10 +131,15 @@ class Rollouts:
         # Held-out answers depend on their rows alone: any number of processes and any batching samples the same ones.
         keys = [row["row"] for row in rows] if held_out else None
         sampling = self._sampling(held_out, roles)
-        scored = [] if held_out else generate_scored(roles.model, roles.tokenizer, prompts, sampling)
-        answers = [answer.tokens for answer in scored]
+        scored: list[ScoredAnswer] = []
         if held_out:
             answers = generate(roles.model, roles.tokenizer, prompts, sampling, keys=keys)
+        elif server is None:
+            scored = generate_scored(roles.model, roles.tokenizer, prompts, sampling)
+        else:
+            server.hand_over(prompts, roles)
+            scored = server.answers(prompts, sampling, roles)
+        answers = answers if held_out else [answer.tokens for answer in scored]
         ends = answer_ends(roles.model, roles.tokenizer, sampling)
         samples = []
         for index, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
@@ -134,7 +147,7 @@ class Rollouts:
             columns = json.loads(row.get("columns") or "{}")
             texts = decode_ids(roles.tokenizer, prompt), ends.text(ids)
             answer = Answer(*texts, columns, prompt, ids, ends.finished(ids))
-            sampler = {} if held_out else {sampler_mismatch.KEY: scored[index].logprobs}
+            sampler = {} if held_out else {SAMPLER: scored[index].logprobs}
             samples.append(Sample(row["row"], answer, tokens=sampler, place=index // repeats))
         self._score(samples, roles)
         if not held_out:
@@ -178,13 +191,14 @@ class Rollouts:
         """
         self.boundary = False
         started = time.perf_counter()
-        samples = self.draw(rows, roles)
+        samples = self.draw(rows, roles, self.server)
         self.pace = (time.perf_counter() - started) / max(sum(s.length for s in samples), 1)
         self.count += 1
         samples = self._scored(samples, roles)
         parts = self.deal(samples, roles)
         for micro in itertools.chain.from_iterable(parts):
             self.measure(micro, roles)
+        warn_of_mismatch([s.tokens for s in samples], roles)
         value(samples)
         left = self.plan.updates
         for epoch in range(self.plan.epochs):
@@ -274,7 +288,7 @@ class Rollouts:
             "no_opinion": torch.tensor(self.no_opinion),
         }
         plan = self.plan
-        measured = (sampler_mismatch.KEY, "old", *(("reference",) if plan.reference else ()), *plan.token_names)
+        measured = (SAMPLER, "old", *(("reference",) if plan.reference else ()), *plan.token_names)
         tokens = list(samples[0].tokens if samples else measured)
         numbers = list(samples[0].numbers if samples else (*self.reward_names, "kl", *plan.number_names))
         extra |= {name: torch.cat([s.tokens[name] for s in samples]) if samples else torch.zeros(0) for name in tokens}

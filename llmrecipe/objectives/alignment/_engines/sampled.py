@@ -6,6 +6,11 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmrecipe.core.errors import RecipeError
+from llmrecipe.core.http_client import check_address
+from llmrecipe.core.option_types import Literal, PositiveFloat
+from llmrecipe.core.registry import options
+from llmrecipe.objectives.alignment._engines.policy_server import PolicyServer
 from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Rollouts, Sample, check_rewards, held_out
 from llmrecipe.objectives.alignment._engines.rollout_metrics import HELD_OUT_METRICS, held_out_metrics
 from llmrecipe.objectives.alignment._engines.sampler_mismatch import sampler_weights, weight_metrics
@@ -20,7 +25,13 @@ if TYPE_CHECKING:
     from llmrecipe.recipe.schema import ModelSection, Recipe
     from llmrecipe.runs.open_model import LoadedModel
 
+SERVED = ("lora", "lora_fa", "adalora", "dylora")
+"""Wrappers whose change of the base a server takes as an adapter."""
+BASES = ("nf4", "int8")
+"""Wrappers that only store the base in another way, which the server does by itself."""
 
+
+@options
 class Sampled:
     """Mixin for an `Objective` whose rows are prompts; it defines its own options, `plan`, `advantages` and `loss`."""
 
@@ -37,9 +48,18 @@ class Sampled:
         missing_end: float | None
         eval_temperature: float | None
         generation_batch: int
-        sampler_correction: str
-        sampler_cap: float
         show: int
+
+    sampler: str = ""
+    """Address of a vLLM server up to and without /completions, which samples the answers that are trained on; it gets the
+    policy's adapter before each rollout. Empty samples with the model that trains."""
+    sampler_key_env: str | None = None
+    """Environment variable with the server's key."""
+    sampler_correction: Literal["none", "token", "sequence"] = "none"
+    """Weight the surrogate by min(pi_old / pi_sampler, `sampler_cap`), of each token or of the whole answer: for a sampler
+    whose log-probabilities differ from those of training."""
+    sampler_cap: PositiveFloat = 2.0
+    """Largest of these weights."""
 
     def plan(self, **own: object) -> RolloutPlan:
         """Return how rollouts are sampled: the options, and the settings of this objective alone."""
@@ -67,16 +87,31 @@ class Sampled:
         return self.live.rewards.needs() if self.reward else {}
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
-        """Refuse rows that the rewards cannot score.
+        """Refuse rows that the rewards cannot score, and a server that cannot hold what trains.
 
         Raises:
             RecipeError: naming the key to change.
         """
+        if self.sampler:
+            self._check_server(recipe)
         check_rewards(self.live.rewards, data)
 
+    def _check_server(self, recipe: Recipe) -> None:
+        check_address(self.sampler, None, self.sampler_key_env, "objective.sampler")
+        kinds = {name: entry.get("kind", name) for name, entry in recipe.stack.items()}
+        others = [name for name, kind in kinds.items() if kind not in (*SERVED, *BASES)]
+        if others or not set(SERVED) & set(kinds.values()):
+            raise RecipeError(
+                f"objective.sampler: a server holds the base and takes low-rank adapters ({', '.join(SERVED)}) after every "
+                f"update; {f'stack.{others[0]} is none' if others else 'this recipe trains the weights themselves'}. Leave "
+                "objective.sampler out, and the model that trains samples"
+            )
+
     def prepare_roles(self, loaded: LoadedModel, frozen: bool) -> None:
-        """Mount reward models on the policy's base."""
+        """Mount reward models on the policy's base, and get ready to hand the policy to a server."""
         self.live.rewards.prepare(loaded, frozen)
+        if self.sampler:
+            self.live.server = PolicyServer(self.sampler, self.sampler_key_env, loaded)
 
     def held_models(self, recipe: Recipe, frozen: bool) -> list[ModelSection]:
         """Return the models of the rewards that are not on the policy's base."""

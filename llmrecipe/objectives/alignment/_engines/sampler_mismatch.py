@@ -8,15 +8,22 @@ pi_old differ by rounding at least, and by more where a server computes in lower
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.methods._base.late_values import Largest
 
+if TYPE_CHECKING:
+    from llmrecipe.engine.role_models import Roles
+
 KEY = "sampler"
 """Name of the sampler's log-probabilities, (N,), in a batch."""
+VISIBLE = 0.1
+"""Mean difference of log-probabilities that is warned of; bfloat16 stays below it."""
 
 
 def sampler_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
@@ -53,6 +60,24 @@ def weight_metrics(weights: Tensor, cap: float) -> dict[str, tuple[Any, float]]:
     """Return the mean weight and the share of weights that the cap cut, as (sum, count)."""
     count = float(weights.numel())
     return {"sampler/weight": (weights.sum(), count), "sampler/capped": ((weights >= cap).float().sum(), count)}
+
+
+def warn_of_mismatch(tokens: Sequence[dict[str, Tensor]], roles: Roles) -> None:
+    """Warn, once a run, where the sampler's log-probabilities are further from training's than rounding takes them.
+
+    Args:
+        tokens: of each answer, with its entries `sampler` and `old`.
+    """
+    if roles.events is None or not tokens:
+        return
+    apart = float(torch.cat([own["old"] - own[KEY] for own in tokens]).abs().mean())
+    if apart > VISIBLE:
+        roles.events.warning(
+            f"the sampler's log-probabilities differ from those of training by more than {VISIBLE} on average: answers come "
+            "from another distribution than the loss assumes. See sampler/logprob_diff; objective.sampler_correction=token "
+            "corrects for it, and a server needs --logprobs-mode processed_logprobs where objective.temperature is not 1",
+            once=True,
+        )
 
 
 def _log_ratio(batch: Batch) -> Tensor:
