@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -41,6 +42,7 @@ LIST_CELLS = (
 """Columns that contain lists or mappings wherever they contain more than one value."""
 SIDES = ("prompt", "completion", "chosen", "rejected")
 """Columns that contain text or messages."""
+CELLS = frozenset((*LIST_CELLS, *SIDES))
 
 
 def read_cells(row: dict[str, Any], sample: bool = False) -> dict[str, Any]:
@@ -53,8 +55,9 @@ def read_cells(row: dict[str, Any], sample: bool = False) -> dict[str, Any]:
         BadRow: an object in such a text repeats a key.
     """
     read: dict[str, Any] = {}
-    for name in (*LIST_CELLS, *SIDES):
-        text = row.get(name)
+    for name, text in row.items():
+        if name not in CELLS or not isinstance(text, str):
+            continue
         value = parsed(text, name, unique=not sample)
         if value is not text and (name in LIST_CELLS or (value and all(map(_speaks, _listed(value))))):
             read[name] = value
@@ -163,6 +166,12 @@ PARTS = {
 """Type of a part of a message -> the field of the message that it is."""
 
 
+@functools.lru_cache(maxsize=1024)
+def _names_media(name: str) -> bool:
+    words = name.lower().replace("-", "_")
+    return any(words.removesuffix(end) in MEDIA for end in ("_path", "_paths", "_file", "_files"))
+
+
 def is_media(name: str, value: object) -> bool:
     """Tell whether a column holds pictures, sound or video: by its name, or because its cells are bytes.
 
@@ -170,8 +179,7 @@ def is_media(name: str, value: object) -> bool:
         >>> is_media("image_path", "a.png"), is_media("pic", {"bytes": b"x", "path": None}), is_media("source", "a.png")
         (True, True, False)
     """
-    words = name.lower().replace("-", "_")
-    if any(words.removesuffix(end) in MEDIA for end in ("_path", "_paths", "_file", "_files")):
+    if _names_media(name):
         return bool(value)
     one = value[0] if isinstance(value, list) and value else value
     return isinstance(one.get("bytes") if isinstance(one, dict) else one, bytes | bytearray)
@@ -222,6 +230,8 @@ def _call_of(part: dict[str, Any]) -> dict[str, Any]:
 
 def held_fields(messages: list[Message]) -> list[str]:
     """Return those of `FIELDS` that some message has."""
+    if all(message.keys().isdisjoint(FIELDS) for message in messages):
+        return []
     return [name for name in FIELDS if any(message.get(name) for message in messages)]
 
 

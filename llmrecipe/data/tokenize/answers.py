@@ -13,6 +13,7 @@ from typing import Any
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
 from llmrecipe.data.tokenize.assistant_turns import common_prefix
+from llmrecipe.data.tokenize.chat_templates import Talk
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.truncation import CUT, fit_answers, fit_prompt
 
@@ -59,15 +60,17 @@ def _rendered(
     encoder.need_template(items[0].where)
     template = encoder.tokens.template
     assert template is not None
+    talks: list[Talk] = [(item.row["prompt"], item.row.get("tools"), item.row.get("kwargs")) for item in items]
+    wholes = [
+        template.render_all([(prompt + answer, *extra) for (prompt, *extra), answer in zip(talks, column)])
+        for column in zip(*answers)
+    ]
     texts: list[list[str]] = []
-    for item, own in zip(items, answers):
-        row = item.row
-        extra = (row.get("tools"), row.get("kwargs"))
-        try:
-            whole = [template.render(row["prompt"] + answer, False, *extra) for answer in own]
-            texts.append([template.render(row["prompt"], True, *extra), *whole])
-        except BadRow as bad:
-            item.bad = bad
+    for item, *rendered in zip(items, *wholes, template.render_all(talks, prompt=True)):
+        item.bad = next((one for one in rendered if isinstance(one, BadRow)), None)
+        if item.bad is None:
+            *whole, prompt = (one[0] for one in rendered if not isinstance(one, BadRow))
+            texts.append([prompt, *whole])
     if not texts:
         return [], [[] for _ in answers[0]]
     prompts, *joined = (encoder.tokens.rendered(list(column)) for column in zip(*texts))

@@ -8,6 +8,7 @@ serves the template that was trained.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,12 @@ Tools = list[Any] | None
 """The tools a conversation may call, in the JSON that templates read."""
 Variables = Mapping[str, Any] | None
 """Further variables of a template."""
+Talk = tuple[list[dict[str, Any]], Tools, Variables]
+"""A conversation with its tools and its further variables."""
+Rendered = tuple[str, list[tuple[int, int]]]
+"""A text, and the character spans in it that the assistant generated."""
+TOGETHER = 64
+"""Conversations rendered under one time limit: to set it takes longer than most renderings."""
 ALPACA_PROMPT_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -110,42 +117,57 @@ class Template:
         """Render a conversation as text, and return it with the character spans the assistant generated."""
         return self._run(messages, False, tools, kwargs, marked=True)
 
-    def _run(
-        self,
-        messages: list[dict[str, Any]],
-        prompt: bool,
-        tools: Tools,
-        kwargs: Variables,
-        marked: bool,
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render_all(self, talks: Sequence[Talk], prompt: bool = False, marked: bool = False) -> list[Rendered | BadRow]:
+        """Render conversations like `render`, or with `marked` like `render_marked`: in place of one it refuses, why.
+
+        Those without tools and variables of their own share a time limit, `TOGETHER` at a time; where it ends or one of them
+        is refused, each is rendered by itself.
+        """
+        found: dict[int, Rendered | BadRow] = {}
+        plain: list[tuple[int, list[dict[str, Any]]]] = []
+        for place, (messages, tools, kwargs) in enumerate(talks):
+            if not tools and not kwargs and not any(m.get("tool_calls") for m in messages):
+                plain.append((place, self._bare(messages)))
+        for start in range(0, len(plain), TOGETHER):
+            part = plain[start : start + TOGETHER]
+            with contextlib.suppress(BadRow, DataError):
+                texts = self._render([messages for _, messages in part], prompt, None, None, marked)
+                found |= {place: text for (place, _), text in zip(part, texts, strict=True)}
+        for place, (messages, tools, kwargs) in enumerate(talks):
+            if place not in found:
+                try:
+                    found[place] = self._run(messages, prompt, tools, kwargs, marked)
+                except BadRow as bad:
+                    found[place] = bad
+        return [found[place] for place in range(len(talks))]
+
+    def _bare(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return _named_thoughts([{k: v for k, v in m.items() if v is not None} for m in messages], self.text)
+
+    def _run(self, messages: list[dict[str, Any]], prompt: bool, tools: Tools, kwargs: Variables, marked: bool) -> Rendered:
         """Render with the arguments of tool calls as objects; as JSON text where the template joins or prints them."""
-        bare = _named_thoughts([{k: v for k, v in m.items() if v is not None} for m in messages], self.text)
+        bare = self._bare(messages)
         reported, arguments = _with_arguments(bare, as_text=False)
         try:
-            found = self._render(reported, prompt, tools, kwargs, marked)
+            found = self._render([reported], prompt, tools, kwargs, marked)[0]
         except BadRow:
             if not arguments:
                 raise
         else:
             if not any(given and repr(given) in found[0] for given in arguments):
                 return found
-        return self._render(_with_arguments(bare, as_text=True)[0], prompt, tools, kwargs, marked)
+        return self._render([_with_arguments(bare, as_text=True)[0]], prompt, tools, kwargs, marked)[0]
 
     def _render(
-        self,
-        messages: list[dict[str, Any]],
-        prompt: bool,
-        tools: Tools,
-        kwargs: Variables,
-        marked: bool,
-    ) -> tuple[str, list[tuple[int, int]]]:
+        self, talks: list[list[dict[str, Any]]], prompt: bool, tools: Tools, kwargs: Variables, marked: bool
+    ) -> list[Rendered]:
         from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             with bounded():
                 found: Any = render_jinja_template(
-                    conversations=[messages],
+                    conversations=talks,
                     tools=tools,
                     chat_template=self.text,
                     return_assistant_tokens_mask=marked,
@@ -161,7 +183,8 @@ class Template:
         except Exception as error:  # a template runs code of its own, which may raise anything
             raise BadRow("the chat template refuses the conversation", reason_of(error)) from error
         texts, spans = found
-        return texts[0], [(start, end) for start, end in spans[0]] if marked else []
+        places = [[(start, end) for start, end in of_one] for of_one in spans] if marked else [[] for _ in texts]
+        return list(zip(texts, places, strict=True))
 
 
 def _named_thoughts(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

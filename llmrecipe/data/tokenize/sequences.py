@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrecipe.core.errors import DataError
 from llmrecipe.data.formats.bad_row import BadRow
 from llmrecipe.data.token_report import Report
-from llmrecipe.data.tokenize.assistant_turns import Conversation, Turns, common_prefix, find_turns, mask_bits
+from llmrecipe.data.tokenize.assistant_turns import Conversation, Turns, boundaries, common_prefix, find_turns, mask_bits
 from llmrecipe.data.tokenize.encoder import Encoder, Item
 from llmrecipe.data.tokenize.loss_mask import Encoded, Span
 from llmrecipe.data.tokenize.text_size import TextSize
@@ -69,60 +69,79 @@ def _strings(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     prompts = encoder.tokens.raw_prompts([i.row["prompt"] for i in items])
     whole = encoder.tokens.documents([i.row["prompt"] + i.row["completion"] for i in items])
     for item, prompt, ids in zip(items, prompts, whole):
-        _split_at_prompt(encoder, item, report, prompt, ids)
+        _split_at_prompt(encoder, item, report, (common_prefix(prompt, ids), len(prompt)), ids)
 
 
 def _split_at_prompt(
     encoder: Encoder,
     item: Item,
     report: Report,
-    prompt: list[int],
+    boundary: tuple[int, int],
     ids: list[int],
     turns: Sequence[Span] | None = None,
     weights: list[float] | None = None,
 ) -> None:
-    """Find where the completion starts, and train what the mask selects; without `turns` the completion is one."""
-    start = common_prefix(prompt, ids)
+    """Train what the mask selects of the completion; without `turns` it is one.
+
+    Args:
+        boundary: ids that the prompt and the whole share, after which the completion starts; ids of the prompt.
+    """
+    start, length = boundary
     report.prompts += 1
-    report.moved += start < len(prompt)
+    report.moved += start < length
     after = [(start, len(ids))] if turns is None else [(max(a, start), b) for a, b in turns if b > start]
     _finish(encoder, item, report, ids, mask_bits(len(ids), encoder.mask.spans(Encoded(ids, start, after))), weights=weights)
 
 
-def _render(encoder: Encoder, item: Item, messages: list[dict[str, Any]], prompt: bool) -> str:
+def _render(encoder: Encoder, items: Sequence[Item], talks: Sequence[list[dict[str, Any]]], prompt: bool) -> list[str]:
+    """Return the texts of conversations, `talks[i]` of `items[i]`; an item that the template refuses becomes bad instead."""
     template = encoder.tokens.template
     assert template is not None
-    return template.render(messages, prompt, item.row.get("tools"), item.row.get("kwargs"))
+    requests = [(talk, item.row.get("tools"), item.row.get("kwargs")) for item, talk in zip(items, talks, strict=True)]
+    texts = []
+    for item, rendered in zip(items, template.render_all(requests, prompt)):
+        if isinstance(rendered, BadRow):
+            item.bad = rendered
+        else:
+            texts.append(rendered[0])
+    return texts
 
 
 def _prompted(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
     """Encode prompt and completion as messages."""
     by_turns = encoder.mask.reads_turns and encoder.mask.turns_of_prompted
-    kept, prompts, wholes = [], [], []
-    for item in items:
-        try:
-            prompts.append(_render(encoder, item, item.row["prompt"], True))
-            if not by_turns:
-                wholes.append(_render(encoder, item, item.row["prompt"] + item.row["completion"], False))
-            kept.append(item)
-        except BadRow as bad:
-            item.bad = bad
-            del prompts[len(kept) :]
-    prompt_ids = encoder.tokens.rendered(prompts)
+    prompts = _render(encoder, items, [item.row["prompt"] for item in items], True)
+    kept = [item for item in items if item.bad is None]
     if not by_turns:
-        for item, prompt, ids in zip(kept, prompt_ids, encoder.tokens.rendered(wholes)):
+        wholes = _render(encoder, kept, [item.row["prompt"] + item.row["completion"] for item in kept], False)
+        prompts = [prompt for item, prompt in zip(kept, prompts) if item.bad is None]
+        kept = [item for item in kept if item.bad is None]
+        for item, prompt, ids in zip(kept, encoder.tokens.rendered(prompts), encoder.tokens.rendered(wholes)):
             weight = _answer_weight(encoder, item)
             weights = None if weight is None else [weight] * len(ids)
-            _split_at_prompt(encoder, item, report, prompt, ids, weights=weights)
+            _split_at_prompt(encoder, item, report, (common_prefix(prompt, ids), len(prompt)), ids, weights=weights)
         return
     batch = [_conversation(n, item, item.row["prompt"] + item.row["completion"]) for n, item in enumerate(kept)]
     turns = find_turns(encoder.tokens, batch, last_only=encoder.mask.last_only)
-    for n, (item, prompt) in enumerate(zip(kept, prompt_ids)):
+    starts = _prompt_boundaries(encoder, prompts, turns)
+    for n, item in enumerate(kept):
         found = _weighted_turns(encoder, item, batch[n].messages, turns[n])
         if isinstance(found, BadRow):
             item.bad = found
         else:
-            _split_at_prompt(encoder, item, report, prompt, found[0].ids, found[0].spans, found[1])
+            _split_at_prompt(encoder, item, report, starts[n], found[0].ids, found[0].spans, found[1])
+
+
+def _prompt_boundaries(
+    encoder: Encoder, prompts: Sequence[str], turns: Mapping[int, Turns | BadRow]
+) -> dict[int, tuple[int, int]]:
+    """Return for each prompt whose conversation was encoded how many ids both share, and how many the prompt has."""
+    made = {n: found for n, found in turns.items() if not isinstance(found, BadRow)}
+    requests = [(found.whole, prompts[n]) for n, found in made.items() if found.whole is not None]
+    if len(requests) == len(made):
+        return dict(zip(made, boundaries(encoder.tokens, requests)))
+    ids = encoder.tokens.rendered([prompts[n] for n in made])
+    return {n: (common_prefix(own, found.ids), len(own)) for (n, found), own in zip(made.items(), ids)}
 
 
 def _conversation(index: int, item: Item, messages: list[dict[str, Any]]) -> Conversation:
@@ -183,16 +202,11 @@ def _apart(encoder: Encoder, item: Item) -> DataError:
 
 
 def _whole_talks(encoder: Encoder, items: Sequence[Item], report: Report) -> None:
-    kept, texts = [], []
     for item in items:
         if turn_weights(item.row["messages"], item.where) is not None:
             raise _apart(encoder, item)
-        try:
-            texts.append(_render(encoder, item, item.row["messages"], False))
-            kept.append(item)
-        except BadRow as bad:
-            item.bad = bad
-    for item, ids in zip(kept, encoder.tokens.rendered(texts)):
+    texts = _render(encoder, items, [item.row["messages"] for item in items], False)
+    for item, ids in zip([item for item in items if item.bad is None], encoder.tokens.rendered(texts)):
         _finish(encoder, item, report, ids, mask_bits(len(ids), encoder.mask.spans(Encoded(ids, None, []))))
 
 

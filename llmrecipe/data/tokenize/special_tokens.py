@@ -6,7 +6,7 @@ without would lose it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Ids = list[int]
+SHORT = 200
+"""Most characters of a piece of a template whose ids are kept."""
 
 
 class Tokens:
@@ -81,13 +83,16 @@ class Tokens:
         assert found.encodings is not None, "only fast tokenizers have places"
         return found["input_ids"], found.encodings
 
-    def tail(self, text: str) -> Ids:
-        """Return the ids of a short piece of template, cached: headers and turn ends are the same in every row."""
-        if text not in self._tails:
-            if len(self._tails) > 4096:
-                self._tails.clear()
-            self._tails[text] = self.rendered([text])[0]
-        return self._tails[text]
+    def tails(self, texts: Iterable[str]) -> dict[str, Ids]:
+        """Return the ids of pieces of templates: headers and turn ends, which are the same in every row, are kept."""
+        wanted = list(dict.fromkeys(texts))
+        missing = [text for text in wanted if text not in self._tails]
+        found = {text: self._tails[text] for text in wanted if text in self._tails}
+        found |= zip(missing, self.rendered(missing), strict=True)
+        if len(self._tails) > 4096:
+            self._tails.clear()
+        self._tails |= {text: found[text] for text in missing if len(text) <= SHORT}
+        return found
 
     def header(self) -> int:
         """Return the length in tokens of the assistant's header, which no truncation may cut off."""
