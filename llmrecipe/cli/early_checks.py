@@ -28,6 +28,7 @@ def composed(recipe: str | Path, overrides: list[str]) -> Composition:
         UserError: what is wrong with the recipe; else which file is missing or cannot be what it should be.
     """
     from llmrecipe.recipe.compose import compose
+    from llmrecipe.runs.tracker import check_trackers
     from llmrecipe.runtime.accelerate_environment import check_environment
 
     composition = compose(recipe, overrides)
@@ -37,6 +38,7 @@ def composed(recipe: str | Path, overrides: list[str]) -> Composition:
         plan(composition)
     else:
         check_environment(composition.recipe)
+        check_trackers(composition.recipe.log.trackers)
         check_files(composition.recipe)
     return composition
 
@@ -90,7 +92,7 @@ def begun(composition: Composition) -> str:
 
 
 def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:
-    """Look for the model, the tokenizer, the data and the trackers a recipe names.
+    """Look for the model, the tokenizer and the data a recipe names.
 
     Args:
         splits: of the data that are read: the first must exist.
@@ -99,9 +101,7 @@ def check_files(recipe: Recipe, splits: tuple[str, ...] = TRAINING) -> None:
         UserError: one is missing, damaged or something else.
     """
     from llmrecipe.core import registry
-    from llmrecipe.runs.tracker import check_trackers
 
-    check_trackers(recipe.log.trackers)
     check_model(recipe.model)
     refuse_unread_run(recipe)
     if recipe.tokenizer.path is not None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 DEVICES = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 """Numbers of devices in the table."""
+ALWAYS, SAVING = 4, 0.01
+"""Rows that every table has; and least part of a device's memory that further devices must save for a row of their own."""
 STAGES = ("none", "zero1", "zero2", "zero3")
 
 
@@ -68,11 +70,15 @@ def _size(parameters: Mapping[int, Tensor]) -> int:
 
 
 def shard_table(memory: Estimate, model: nn.Module) -> list[dict[str, float]]:
-    """Return one row for each number of devices: megabytes of a device under each stage."""
+    """Return megabytes of a device under each stage, a row for each number of devices up to where more save nothing."""
     gathered = gathered_bytes(model)
     rows: list[dict[str, float]] = []
+    before: dict[str, int] = {}
     for devices in DEVICES:
         sizes = device_bytes(memory, gathered, devices)
+        if len(rows) >= ALWAYS and all(size > (1 - SAVING) * before[stage] for stage, size in sizes.items()):
+            break
+        before = sizes
         rows.append({"devices": devices, **{stage: round(size / 2**20, 1) for stage, size in sizes.items()}})
     return rows
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llmrecipe.cli.app import run_command
+from llmrecipe.runs import tracker
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,15 @@ def test_text_marks_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert out.count("«three<eos>»") == 2 and "rows: 4 read, 4 kept, 0 dropped (0.0%)" in out
     assert "answers that end with an end token: 100.0%" in out
+
+
+def test_rows_need_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe that names a tracker which is missing here cannot train, and its rows can be looked at."""
+    monkeypatch.setattr(tracker, "is_installed", lambda _: False)
+    words = ["recipe=sft_lora", rows(tmp_path), "log.trackers=[wandb]"]
+    assert run_command(["data", *words]) == 0
+    assert run_command(["check", *words]) == 2
+    assert "log.trackers: wandb is not installed" in capsys.readouterr().err
 
 
 def test_mistakes_end_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

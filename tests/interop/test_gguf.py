@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llmrecipe.data.tokenize.chat_templates import Template, template_of
 from llmrecipe.interop.export_options import ExportOptions
 from llmrecipe.interop.gguf import converter, gguf_export
 from llmrecipe.interop.gguf.architecture import as_stored, refuse_family
-from llmrecipe.interop.gguf.gguf_export import export_gguf, probes
+from llmrecipe.interop.gguf.gguf_export import create_command, export_gguf, probes
 from llmrecipe.interop.gguf.ollama import CONVERSATIONS, turns_of
 from llmrecipe.interop.gguf.token_tables import token_tables_of
 from llmrecipe.interop.merged import export_merged
@@ -343,6 +344,12 @@ def test_the_verb_writes_a_card_and_says_what_is_missing(
     monkeypatch.setattr(gguf_export, "is_installed", lambda name: False)
     assert command(["export", str(tmp_path / "run"), "--to", "gguf", "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'llmrecipe[gguf]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("run", "name"), [("runs/zoo", "zoo"), ("runs/My Run (2)", "my-run-2"), ("runs/\u00e9", "model")])
+def test_the_command_of_ollama_names_the_run(run: str, name: str, tmp_path: Path) -> None:
+    words = shlex.split(create_command(tmp_path / run, tmp_path / "a b"))
+    assert words == ["ollama", "create", name, "-f", str(tmp_path / "a b" / "Modelfile")]
 
 
 def test_the_embedded_template_is_translated() -> None:

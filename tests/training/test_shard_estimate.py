@@ -11,7 +11,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.recipe import sharding_rules
 from llmrecipe.training.dry_run import check
 from llmrecipe.training.memory_estimate import Estimate
-from llmrecipe.training.shard_estimate import device_bytes, gathered_bytes, resting, saving
+from llmrecipe.training.shard_estimate import device_bytes, gathered_bytes, resting, saving, shard_table
 from tests.tiny import tiny_model
 
 PSI = 7_500_000_000
@@ -58,11 +58,19 @@ def test_what_rests_in_the_memory_of_the_machine() -> None:
 
 def test_check_prints_the_table() -> None:
     found = check("sft", ["runtime=zero1", "data.limit=8", "data.cache=false"])
-    assert [row["devices"] for row in found.devices_mb][:3] == [1, 2, 4] and found.devices_mb[-1]["devices"] == 4096
+    assert [row["devices"] for row in found.devices_mb][:4] == [1, 2, 4, 8]
     one, two = found.devices_mb[:2]
     assert one["none"] == pytest.approx(found.memory_mb["total"], abs=0.1)
     assert two["zero1"] == pytest.approx(one["none"] - found.memory_mb["optimizer"] / 2, abs=0.15)
     assert any("zero1 on 2 devices saves" in note for note in found.notes)
+
+
+def test_the_table_ends_where_more_devices_save_nothing() -> None:
+    model = torch.nn.Linear(2, 2)
+    small = Estimate(weights=2**20, trained=2**10, gradients=2**10, optimizer=2**11, activations=2**30, logits=0)
+    large = Estimate(weights=2**40, trained=2**40, gradients=2**40, optimizer=2**41, activations=2**20, logits=0)
+    assert [row["devices"] for row in shard_table(small, model)] == [1, 2, 4, 8]
+    assert [row["devices"] for row in shard_table(large, model)] == [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 
 
 def test_a_reference_that_is_a_copy_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -96,7 +98,13 @@ def export_gguf(
         text, other = modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings, added_tokens(tokenizer)[0])
         (folder / MODELFILE).write_text(text, encoding="utf-8")
         shutil.rmtree(merged.path)
-    return Exported(target, difference, [*notes, *more, *other, f"Ollama: ollama create NAME -f {target / MODELFILE}"])
+    return Exported(target, difference, [*notes, *more, *other, f"Ollama: {create_command(run, target)}"])
+
+
+def create_command(run: str | Path, folder: Path) -> str:
+    """Return the command that makes a model of Ollama of a written folder, called by its run."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", run_title(Path(run).resolve()).lower()).strip("-._") or "model"
+    return shlex.join(["ollama", "create", name, "-f", str(folder / MODELFILE)])
 
 
 def _refuse_early(loaded: LoadedModel, converted: bool) -> None:

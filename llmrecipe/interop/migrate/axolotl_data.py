@@ -137,7 +137,7 @@ def _own_format(account: Account, at: str) -> dict[str, str]:
         if wanted in found:
             account.explain(f"{at}.{key}", f"data.columns: {wanted} <- {found[wanted]}")
     if account.raw(f"{at}.format") is None:
-        account.leave(f"{at}.format", "its default adds to the instruction; compare the rows once: llmrecipe data recipe=...")
+        account.leave(f"{at}.format", "axolotl has no default for it; compare the rows once: llmrecipe data recipe=...")
     for key in ("format", "no_input_format"):
         if account.raw(f"{at}.{key}") == PLAIN_PROMPT:
             account.same(f"{at}.{key}", "the prompt is the instruction alone")
