@@ -31,6 +31,11 @@ SETTLED = 4
 KINDS = 64
 """Graphs of one piece of code, over kinds of blocks, roles and shapes; after that many it runs uncompiled."""
 
+AT_ONCE: dict[str, Any] = {
+    name: True for name in ("force_non_lazy_backward_lowering",) if hasattr(torch._functorch.config, name)
+}
+"""Compiles a backward pass with its forward one, so that a failure is known before the step depends on it, where torch can."""
+
 
 class CompiledBlocks:
     """The blocks of a model under `torch.compile`, and how often that compiled something.
@@ -43,13 +48,14 @@ class CompiledBlocks:
 
     def __init__(self, blocks: Iterable[nn.Module], named: bool, selective: bool = False, backend: str = "inductor"):
         self.named, self.on, self.tried, self.reported = named, True, False, False
-        self.graphs = self.steps = self.settled = 0
+        self.graphs = self.steps = self.settled = self.full = 0
+        self._full_before = _pieces_full()
         self.report: Callable[[str], None] = lambda text: None
         self.blocks = list({id(block): block for block in blocks}.values())
         inner: Any = torch._dynamo.lookup_backend(backend)
 
         def counted(graph: object, inputs: object, **options: object) -> object:
-            with torch._functorch.config.patch(aggressive_recomputation=selective):
+            with torch._functorch.config.patch(aggressive_recomputation=selective, **AT_ONCE):
                 made = inner(graph, inputs, **options)
             self.graphs += 1
             return made
@@ -163,12 +169,19 @@ class CompiledBlocks:
             self.on = kept
 
     def after_step(self, step: int) -> None:
-        """Count a step, and report, once, that something was compiled again after the first ones.
+        """Count a step, and report, once, that something was compiled again after the first ones, or no longer is.
 
         Args:
             step: its number in the run.
         """
         self.steps += 1
+        full = _pieces_full() - self._full_before
+        if full > self.full == 0:
+            self.report(
+                f"model.compile: at step {step} a piece of code had {KINDS} graphs, and runs uncompiled where none fits "
+                "(set model.compile=off, or give the run fewer kinds of batches)"
+            )
+        self.full = max(self.full, full)
         if self.steps <= SETTLED:
             self.settled = self.graphs
         elif self.graphs > self.settled and not self.reported:
@@ -182,7 +195,14 @@ class CompiledBlocks:
     def summary(self) -> str:
         """Return in one line what was compiled."""
         later = self.graphs - self.settled
-        return f"blocks compiled: {self.graphs} graphs, {later or 'none'} of them after the first {SETTLED} steps"
+        full = f"; {self.full} pieces of code with more kinds than graphs" if self.full else ""
+        return f"blocks compiled: {self.graphs} graphs, {later or 'none'} of them after the first {SETTLED} steps{full}"
+
+
+def _pieces_full() -> int:
+    """Return how many pieces of code this process compiles no further, because they have all the graphs they may have."""
+    given_up = torch._dynamo.utils.counters["unimplemented"]
+    return sum(count for text, count in given_up.items() if "limit exceeded" in text)
 
 
 def _called(function: Callable[..., Any], *args: object, **kwargs: object) -> object:

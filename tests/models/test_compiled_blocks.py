@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Context, activate
@@ -18,6 +21,7 @@ from llmrecipe.methods.additive.ia3 import Ia3
 from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
+from llmrecipe.models import compiled_blocks as module
 from llmrecipe.models.checkpointing import enable_checkpointing
 from llmrecipe.models.compiled_blocks import SETTLED, CompiledBlocks, compiled_blocks
 from llmrecipe.models.hooks import between_graphs
@@ -251,6 +255,63 @@ def test_a_backward_pass_that_cannot_be_compiled_is_found_before_a_step_depends_
     said_by_key = pytest.raises(ModelError, match=r"model\.compile: a block cannot be compiled .*set model\.compile=off")
     with said_by_key, named.explained():
         numbers(model, (2, 3))
+
+
+@pytest.mark.slow
+def test_a_later_backward_pass_that_cannot_be_compiled_leaves_the_numbers_of_the_model() -> None:
+    """Like the first one: the step in which it is met is computed without it, and so is the rest of the run."""
+    failing: list[bool] = []
+
+    def forward(graph: Any, inputs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def backward(graph: Any, inputs: Any) -> Any:
+        if failing:
+            raise RuntimeError("no kernel")
+        return forward(graph, inputs)
+
+    backend: Any = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    model = adapted(WHOLE["lora"]()).requires_grad_(True)
+    plain = copy.deepcopy(model)
+    compiled = compiled_blocks(model, named=False, backend=backend)
+    assert compiled is not None
+    said: list[str] = []
+    compiled.report = said.append
+    for off in (frozenset(), frozenset({"lora"})):
+        with activate(Context(off=off)):
+            found, wanted = (
+                torch.autograd.grad(
+                    one(input_ids=IDS, use_cache=False).logits.square().mean(), list(one.parameters()), allow_unused=True
+                )
+                for one in (model, plain)
+            )
+        for own, other in zip(found, wanted, strict=True):
+            assert (own is None) == (other is None)
+            if own is not None and other is not None:
+                torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+        if not off:
+            assert not said and compiled.on and compiled.graphs
+            failing.append(True)
+    assert len(said) == 1 and "no kernel" in said[0] and not compiled.on
+
+
+@pytest.mark.slow
+def test_code_with_more_kinds_than_graphs_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KINDS", 2)
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    model = adapted(WHOLE["lora"]())
+    plain = copy.deepcopy(model)
+    compiled = compiled_blocks(model, named=True, backend="aot_eager")
+    assert compiled is not None
+    said: list[str] = []
+    compiled.report = said.append
+    for step, off in enumerate((frozenset(), frozenset({"lora"}), frozenset({"else"})), 1):
+        with activate(Context(off=off)):
+            found, wanted = (one(input_ids=IDS, use_cache=False).logits for one in (model, plain))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+        compiled.after_step(step)
+    assert len(said) == 1 and said[0].startswith("model.compile: at step 2 a piece of code had 2 graphs, and runs uncompiled")
+    assert compiled.full >= 1 and compiled.summary().endswith("pieces of code with more kinds than graphs")
 
 
 def test_a_model_without_blocks_is_an_error_by_key_alone() -> None:
