@@ -4,12 +4,14 @@
     python tests/benchmarks/harness.py --shapes 10m 60m --rounds 5
     python tests/benchmarks/harness.py --cases sft_lora --against best_float32 --steps 8
 
-A case is a recipe (`sft_lora`, `dpo_lora`) on a model shape against one setting of the peer:
+A case is a recipe (`sft_lora`, `dpo_lora`, `grpo`) on a model shape against one setting of the peer:
 
     defaults        TRL with nothing set that it sets by itself (bfloat16 autocast); this program as well (float32)
     defaults_bfloat16   the same TRL; this program in the precision that TRL chose, with bfloat16 weights
     defaults_recompute  the same on both sides, with activations recomputed here too, as TRL does by default
-    best_float32    TRL with packing (SFT) or precomputed reference (DPO), nothing recomputed; both sides in float32
+    best_float32    TRL with packing (SFT) or precomputed reference (DPO), nothing recomputed; both sides in float32. For GRPO
+                    nothing else is set: a static cache is as fast on a CPU, Transformers' continuous batching a third as fast,
+                    and all 32 answers at once are slower than 8, its default
     best_bfloat16   the same with bfloat16 weights and autocast; this program with bfloat16 weights
 
 Both sides get the same model folder, the same rows in the same order, the same LoRA, learning rate, batch and one thread.
@@ -18,6 +20,8 @@ Rounds alternate (peer, product, peer, ...). What is measured, for each process,
     rate         tokens per CPU-second between the end of step 1 and the end of the last step (CPU time of the process read
                  from the kernel when a step's line appears in its event file); tokens are the rows' own, padding excluded and
                  a prompt counted with each of its answers, so the ratio is one of CPU time for the same rows.
+                 Where answers are sampled they are each side's own, of no more than a stated length that a random model
+                 seldom falls short of, and the tokens are those of the answers.
                  Where TRL precomputes reference scores both sides make two passes over the rows, and this is the second:
                  every reference score is known
     scored       the same over the first pass, with what scoring the reference costs: inside the steps here, before them in
@@ -25,6 +29,10 @@ Rounds alternate (peer, product, peer, ...). What is measured, for each process,
     peak         peak resident memory of the process, as the kernel reports it at exit
     first_step   wall time from process start to the end of step 1; `first_step_cpu` is the CPU time in it
     whole        tokens per CPU-second of the whole process: imports, data, reference pass and saving included
+
+Answers are two fifths of a row, or with `--workload long_answers` two thirds. GRPO samples 8 answers to each prompt at
+temperature 1 on both sides, with one Python function as the reward, and TRL's defaults of what decides the loss: no reference
+(`--beta` adds one on both sides), the mean over all tokens, one update for each batch. Its mean reward is shown for the loss.
 
 The reported ratio is the median over rounds of the ratios of neighbours. Results go to tests/benchmarks/results/.
 """
@@ -48,16 +56,12 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE))
 
+from cases import AGAINST, ANSWERS, BATCH, LEARNING_RATE, SEED, STEPS, Case, peer_command, product_command  # noqa: E402
 from stamp import line, machine, machine_line, stamp  # noqa: E402
-from workload import ROWS, SHAPES, tokens_of, write_rows  # noqa: E402
+from workload import ANSWER_SHARE, ROWS, SHAPES, tokens_of, write_rows  # noqa: E402
 
-AGAINST = ("defaults", "defaults_bfloat16", "defaults_recompute", "best_float32", "best_bfloat16")
+__all__ = ["LEARNING_RATE", "RESULTS", "SEED", "Case", "build_models", "machine", "product_order", "read_events", "watch"]
 PACKAGES = ("torch", "transformers", "trl", "peft")
-BATCH = {"sft": 8, "dpo": 4}
-STEPS = {"tiny": 6, "10m": 16, "60m": 8}
-LORA = {"r": 16, "alpha": 32}
-TARGET = "attn.q|k|v|o + mlp.gate|up|down"
-LEARNING_RATE, BETA, SEED = 1e-3, 0.1, 0
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -81,94 +85,9 @@ class Measurement:
     first_step_cpu: float
     wall: float
     losses: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What both sides do."""
-
-    recipe: str
-    shape: str
-    against: str
-    steps: int
-
-    @property
-    def task(self) -> str:
-        """`sft` or `dpo`."""
-        return self.recipe.split("_")[0]
-
-    @property
-    def passes(self) -> int:
-        """Two where the peer scores the reference beforehand, so that both kinds of step are seen."""
-        return 2 if self.task == "dpo" and self.setting == "best" else 1
-
-    @property
-    def setting(self) -> str:
-        """Of the peer: `defaults` or `best`."""
-        return self.against.split("_")[0]
-
-    @property
-    def dtype(self) -> str | None:
-        """The stated precision, or None where this program keeps its own default; TRL keeps its own under `defaults`."""
-        return "bfloat16" if self.recompute else self.against.partition("_")[2] or None
-
-    @property
-    def recompute(self) -> bool:
-        """Whether this program recomputes activations; TRL does under `defaults`."""
-        return self.against == "defaults_recompute"
-
-
-def peer_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[str], Path]:
-    """The command that trains in TRL, and its event file."""
-    events = out / "events.jsonl"
-    spec = {
-        "task": case.task,
-        "model": str(model),
-        "data": str(data),
-        "out": str(out),
-        "events": str(events),
-        "setting": case.setting,
-        "passes": case.passes,
-        "dtype": case.dtype,
-        "batch": BATCH[case.task],
-        "pack": 512,
-        "packs": 2,
-        "lr": LEARNING_RATE,
-        "beta": BETA,
-        "seed": SEED,
-        **LORA,
-    }
-    (out / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    return [sys.executable, str(HERE / "peer.py"), str(out / "spec.json")], events
-
-
-def product_command(case: Case, model: Path, data: Path, out: Path) -> tuple[list[str], Path]:
-    """The command line of this program, and its event file."""
-    run = out / "run"
-    overrides = [
-        f"recipe={case.recipe}",
-        f"model.path={model}",
-        f"data.path={data}",
-        f"run.dir={run}",
-        f"stack.lora.r={LORA['r']}",
-        f"stack.lora.alpha={LORA['alpha']}",
-        f'stack.lora.target="{TARGET}"',
-        f"optim.lr={LEARNING_RATE}",
-        "optim.weight_decay=0.0",
-        "schedule=constant",
-        f"batch.size={BATCH[case.task]}",
-        f"steps={case.steps * case.passes}",
-        f"seed={SEED}",
-        "runtime.threads=1",
-        "eval.at_start=false",
-        "data.max_length=1024",
-        "data.cache=false",
-        *([f"objective.beta={BETA}"] if case.task == "dpo" else []),
-        *([f"model.dtype={case.dtype}"] if case.dtype else []),
-        *(["model.gradient_checkpointing=true"] if case.recompute else []),
-    ]
-    start = "import sys; from llmrecipe.cli.app import main; sys.exit(main())"
-    return [sys.executable, "-c", start, "train", *overrides], run / "events.jsonl"
+    """Of each step; the mean reward where answers are sampled."""
+    tokens: int = 0
+    """Of one pass."""
 
 
 def cpu_seconds(pid: int) -> float:
@@ -210,12 +129,16 @@ def watch(command: list[str], events: Path, log: Path, cache: Path) -> tuple[lis
 
 
 def measure(side: str, case: Case, command: list[str], events: Path, tokens: int, out: Path) -> Measurement:
-    """One run of one side; `tokens` are those of one pass."""
+    """One run of one side; `tokens` are those of one pass over the rows."""
     marks, wall, usage = watch(command, events, out / "log.txt", out / "cache")
     steps = read_events(events, "step")
     own = len(steps) // case.passes
-    # `tokens` counts from the start, by each side in its own way; the share of the steps after the first is what is needed.
-    share = 1 - steps[0]["tokens"] / steps[own - 1]["tokens"]
+    if case.samples:
+        counts = [step["response/length"] for step in steps]
+        tokens, share = round(sum(counts) * ANSWERS * BATCH[case.task]), 1 - counts[0] / sum(counts)
+    else:
+        # `tokens` counts from the start, by each side in its own way; the share of the steps after the first is needed.
+        share = 1 - steps[0]["tokens"] / steps[own - 1]["tokens"]
     before = sum(event["cpu"] for event in read_events(events, "reference"))
     scored = tokens * share / (marks[own - 1][1] - marks[0][1] + before * share)
     known = scored if case.passes == 1 else tokens / (marks[-1][1] - marks[own - 1][1])
@@ -228,7 +151,8 @@ def measure(side: str, case: Case, command: list[str], events: Path, tokens: int
         first_step=marks[0][0],
         first_step_cpu=marks[0][1],
         wall=wall,
-        losses=[s["loss"] for s in steps],
+        losses=[s[case.shown] for s in steps],
+        tokens=tokens,
     )
 
 
@@ -246,10 +170,10 @@ def rows_for(case: Case, folder: Path) -> tuple[Path, Path, int]:
     """(rows for the product, the same rows in the order it takes them for the peer, their tokens)."""
     import numpy as np
 
-    rows = ROWS[case.task](case.steps * BATCH[case.task], SEED)
+    rows = ROWS[case.task](case.steps * BATCH[case.task], SEED, ANSWER_SHARE[case.workload])
     order = product_order(len(rows))
-    ours = write_rows(folder / f"{case.task}-{case.steps}.jsonl", rows)
-    peers = write_rows(folder / f"{case.task}-{case.steps}-ordered.jsonl", [rows[i] for i in np.asarray(order)])
+    ours = write_rows(folder / f"{case.task}-{case.workload}-{case.steps}.jsonl", rows)
+    peers = write_rows(folder / f"{case.task}-{case.workload}-{case.steps}-ordered.jsonl", [rows[i] for i in np.asarray(order)])
     return ours, peers, sum(map(tokens_of, rows))
 
 
@@ -316,13 +240,14 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         "| case | shape | TRL setting | tok/CPU-s here | TRL | **ratio** (low-high) | with reference scoring "
         "| peak MB here | TRL | ratio "
-        "| first step s here | TRL | ratio | in CPU s here | TRL | ratio | whole run ratio | mean loss here | TRL |",
+        "| first step s here | TRL | ratio | in CPU s here | TRL | ratio "
+        "| whole run ratio | mean loss (GRPO: reward) here | TRL |",
         "|" + "---|" * 19,
     ]
     for result in results:
         case, ours, peer, ratio = result["case"], result["sides"]["product"], result["sides"]["peer"], result["ratios"]
         cells = [
-            case["recipe"],
+            Case(**case).name,
             case["shape"],
             case["against"],
             f"{ours['rate']:.0f}",
@@ -349,7 +274,9 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Parse arguments, run the cases, write the results."""
     parser = argparse.ArgumentParser(description="tokens per CPU-second, memory and start here and in TRL + PEFT")
-    parser.add_argument("--cases", nargs="+", default=["sft_lora", "dpo_lora"])
+    parser.add_argument("--cases", nargs="+", default=["sft_lora", "dpo_lora", "grpo"])
+    parser.add_argument("--workload", choices=list(ANSWER_SHARE), default="chat", help="how long answers are")
+    parser.add_argument("--beta", type=float, help="weight of the divergence from the reference (default: TRL's)")
     parser.add_argument("--shapes", nargs="+", default=["10m"], choices=list(SHAPES))
     parser.add_argument("--against", nargs="+", default=list(AGAINST), choices=AGAINST)
     parser.add_argument("--rounds", type=int, default=3)
@@ -364,8 +291,8 @@ def main() -> None:
     for shape in options.shapes:
         for recipe in options.cases:
             for against in options.against:
-                case = Case(recipe, shape, against, options.steps or STEPS[shape])
-                print(f"{recipe} {shape} against {against}, {case.steps} steps", flush=True)
+                case = Case(recipe, shape, against, options.steps or STEPS[shape], options.workload, options.beta)
+                print(f"{case.name} {shape} against {against}, {case.steps} steps", flush=True)
                 results.append(run_case(case, folder, options.rounds))
                 write(results, options.name)
     print(table(results))

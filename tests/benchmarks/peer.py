@@ -30,26 +30,38 @@ def main(spec: dict[str, Any]) -> None:
         r=spec["r"], lora_alpha=spec["alpha"], target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     trainer = build(spec, rows, AutoTokenizer.from_pretrained(spec["model"]), lora)
-    counts = count_tokens(trainer)
+    counts = None if spec["task"] == "grpo" else count_tokens(trainer)
     trainer.add_callback(recorder(Path(spec["events"]), counts))
     trainer.train()
     trainer.save_model(str(Path(spec["out"]) / "final"))
 
 
 def build(spec: dict[str, Any], rows: Any, tokenizer: Any, lora: Any) -> Any:
-    """An SFTTrainer or DPOTrainer for the spec."""
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    """The trainer of TRL for the spec's task."""
+    import trl
 
+    config, trainer = {
+        "sft": (trl.SFTConfig, trl.SFTTrainer),
+        "dpo": (trl.DPOConfig, trl.DPOTrainer),
+        "grpo": (trl.GRPOConfig, trl.GRPOTrainer),
+    }[spec["task"]]
     if spec["task"] == "dpo":
-        time_reference(DPOTrainer, Path(spec["events"]))
-    config, trainer = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}[spec["task"]]
+        time_reference(trainer, Path(spec["events"]))
     return trainer(
         model=spec["model"],
         args=config(**arguments(spec)),
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora,
+        **({"reward_funcs": even_words} if spec["task"] == "grpo" else {}),
     )
+
+
+def even_words(completions: list[str], **columns: Any) -> list[float]:
+    """The reward of each answer."""
+    from tests.benchmarks.workload import even_share
+
+    return [even_share(text) for text in completions]
 
 
 def time_reference(trainer: Any, path: Path) -> None:
@@ -87,17 +99,32 @@ def arguments(spec: dict[str, Any]) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if spec["task"] == "dpo":
+    if spec["beta"] is not None:
         common["beta"] = spec["beta"]
+    if spec["task"] == "grpo":
+        common |= sampling(spec)
     if spec["setting"] == "defaults":
         return common
     half = spec["dtype"] == "bfloat16"
     common |= {"gradient_checkpointing": False, "bf16": half, "model_init_kwargs": {"dtype": spec["dtype"]}}
+    if spec["task"] == "grpo":
+        return common
     if spec["task"] == "dpo":
         return common | {"precompute_ref_log_probs": True}
     # As many tokens a step as the padded run trains on, in rows just long enough for the longest document:
     # TRL's packed rows pay for a dense mask that grows with the square of their length.
     return common | {"packing": True, "max_length": spec["pack"], "per_device_train_batch_size": spec["packs"]}
+
+
+def sampling(spec: dict[str, Any]) -> dict[str, Any]:
+    """What GRPO is given besides: all answers of a step are sampled at once and trained on by as many as a prompt has."""
+    return {
+        "shuffle_dataset": False,
+        "per_device_train_batch_size": spec["answers"],
+        "gradient_accumulation_steps": spec["batch"],
+        "num_generations": spec["answers"],
+        "max_completion_length": spec["new_tokens"],
+    }
 
 
 def count_tokens(trainer: Any) -> deque[int]:
@@ -120,8 +147,8 @@ def tokens(example: dict[str, Any]) -> int:
     return len(example["input_ids"])
 
 
-def recorder(path: Path, counts: deque[int]) -> Any:
-    """A callback that writes a step event as soon as the step's loss is known."""
+def recorder(path: Path, counts: deque[int] | None) -> Any:
+    """A callback that writes a step event as soon as the step's loss is known; without counts, of sampled answers."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -130,8 +157,12 @@ def recorder(path: Path, counts: deque[int]) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" not in logs:
                 return
+            event = {"event": "step", "step": state.global_step, "loss": logs["loss"]}
+            if counts is None:
+                write(path, {**event, "objective/scores": logs["reward"], "response/length": logs["completions/mean_length"]})
+                return
             self.seen += counts.popleft()
-            write(path, {"event": "step", "step": state.global_step, "loss": logs["loss"], "tokens": self.seen})
+            write(path, {**event, "tokens": self.seen})
 
     return Recorder()
 

@@ -1,8 +1,8 @@
 """What both sides of a benchmark run on: random Llama weights of a stated shape, a word tokenizer and generated rows.
 
-Rows are prompt and answer in a ratio of about 3:2, log-normal in length (median about 92 tokens, longest 425), so that a
-padded batch of 8 is half padding, as chat data is. Words follow Zipf's law inside one of a few topics that the prompt gives
-away: a model can learn something, so a loss curve means something.
+Rows are prompt and answer in a ratio of about 3:2 (`chat`) or 1:2 (`long_answers`), log-normal in length (median about 92
+tokens, longest 425), so that a padded batch of 8 is half padding, as chat data is. Words follow Zipf's law inside one of a few
+topics that the prompt gives away: a model can learn something, so a loss curve means something.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 VOCABULARY = 8192
 MEDIAN, SPREAD, SHORTEST, LONGEST = 92, 0.75, 12, 424
 TOPICS = 16
+ANSWER_SHARE = {"chat": 0.4, "long_answers": 2 / 3}
+"""Workload -> mean share of a row that is the answer."""
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 
 
@@ -80,9 +82,9 @@ def build_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     )
 
 
-def sft_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+def sft_rows(count: int, seed: int = 0, share: float = ANSWER_SHARE["chat"]) -> list[dict[str, str]]:
     """`prompt` and `completion`; a completion begins with a space so that the two simply join."""
-    draw = Words(seed)
+    draw = Words(seed, share)
     rows = []
     for length in draw.lengths(count):
         prompt, answer = draw.split(length)
@@ -91,9 +93,9 @@ def sft_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
-def dpo_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+def dpo_rows(count: int, seed: int = 0, share: float = ANSWER_SHARE["chat"]) -> list[dict[str, str]]:
     """`prompt`, a `chosen` answer on the prompt's topic and a `rejected` one on another, of lengths of their own."""
-    draw = Words(seed)
+    draw = Words(seed, share)
     rows = []
     for length in draw.lengths(count):
         prompt, answer = draw.split(length)
@@ -110,7 +112,18 @@ def dpo_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
-ROWS = {"sft": sft_rows, "dpo": dpo_rows}
+def grpo_rows(count: int, seed: int = 0, share: float = ANSWER_SHARE["chat"]) -> list[dict[str, str]]:
+    """`prompt` alone: those of `sft_rows`."""
+    return [{"prompt": row["prompt"]} for row in sft_rows(count, seed, share)]
+
+
+def even_share(text: str) -> float:
+    """Share of a text's words whose number is even: a reward of answers."""
+    words = text.split()
+    return sum(word[-1] in "02468" for word in words) / max(1, len(words))
+
+
+ROWS = {"sft": sft_rows, "dpo": dpo_rows, "grpo": grpo_rows}
 
 
 def tokens_of(row: dict[str, str]) -> int:
@@ -127,9 +140,14 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 class Words:
-    """Seeded draws of lengths, topics and texts."""
+    """Seeded draws of lengths, topics and texts.
 
-    def __init__(self, seed: int):
+    Args:
+        share: mean share of a row that is the answer.
+    """
+
+    def __init__(self, seed: int, share: float = ANSWER_SHARE["chat"]):
+        self.share = share
         self.random = np.random.default_rng(seed)
         ranks = np.arange(1, VOCABULARY - len(SPECIAL) + 1)
         self.shares = (1 / ranks) / (1 / ranks).sum()
@@ -141,8 +159,8 @@ class Words:
         return np.clip(np.round(drawn), SHORTEST, LONGEST).astype(int)
 
     def split(self, length: int) -> tuple[int, int]:
-        """(prompt, answer) tokens, about 3:2."""
-        answer = int(np.clip(round(length * self.random.normal(0.4, 0.08)), 2, length - 4))
+        """(prompt, answer) tokens."""
+        answer = int(np.clip(round(length * self.random.normal(self.share, 0.08)), 2, length - 4))
         return length - answer, answer
 
     def topic(self) -> int:
