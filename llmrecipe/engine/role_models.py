@@ -94,18 +94,25 @@ class Roles:
         batch = pack(sequences, rows, extra) if packed else pad(sequences, self.pad_id, "right", rows, extra)
         return batch.to(self.device)
 
-    def split(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Cut the rows of an optimizer step into micro-batches; no rows still give one empty micro-batch."""
+    def split(self, rows: list[dict[str, Any]], shared: str = "") -> Iterator[list[dict[str, Any]]]:
+        """Cut the rows of an optimizer step into micro-batches; no rows still give one empty micro-batch.
+
+        Args:
+            shared: key of ids that adjacent rows share in a packed micro-batch, where both hold the same list.
+        """
         part: list[dict[str, Any]] = []
         tokens = 0
         for row in rows:
-            size = row_tokens(row)
+            size = own = row_tokens(row)
+            if shared and self.packing and part and part[-1][shared] is row[shared]:
+                own -= len(row[shared])
             full = (self.micro_rows and len(part) >= self.micro_rows) or (
-                self.micro_tokens and tokens + size > self.micro_tokens
+                self.micro_tokens and tokens + own > self.micro_tokens
             )
             if part and full:
                 yield part
                 part, tokens = [], 0
+            size = own if part else size
             part.append(row)
             tokens += size
         if part or not rows:

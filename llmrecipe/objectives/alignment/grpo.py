@@ -20,6 +20,7 @@ from llmrecipe.objectives.alignment._engines.rollout_metrics import (
     rollout_metrics,
     sum_by_answer,
     with_metrics,
+    with_old,
 )
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
@@ -90,7 +91,7 @@ class Grpo(Sampled, Objective):
 
     def plan(self, **own: object) -> RolloutPlan:
         """Return the rollout plan: several answers to each prompt."""
-        return super().plan(answers=self.answers, **own)
+        return super().plan(answers=self.answers, old_in_advantages=False, **own)
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse groups of fewer than two answers, and rows that the rewards cannot score.
@@ -116,7 +117,9 @@ class Grpo(Sampled, Objective):
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed clipped surrogate, plus the divergence."""
         out = roles.policy(batch, entropy=True, temperature=self.temperature)
-        logprobs, extra = out["logprobs"], batch.extra
+        logprobs = out["logprobs"]
+        batch = with_old(batch, logprobs)
+        extra = batch.extra
         log_ratio = logprobs - extra["old"]
         advantages = extra["advantages"]
         measured = log_ratio

@@ -17,6 +17,7 @@ from llmrecipe.objectives.alignment._engines.rollout_metrics import (
     rollout_metrics,
     sum_by_answer,
     with_metrics,
+    with_old,
 )
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
@@ -80,7 +81,9 @@ class Rloo(Sampled, Objective):
 
     def plan(self, **own: object) -> RolloutPlan:
         """Return the rollout plan: several answers to each prompt."""
-        return super().plan(answers=self.answers, token_names=(), number_names=("advantages",), **own)
+        return super().plan(
+            answers=self.answers, token_names=(), number_names=("advantages",), old_in_advantages=self.beta > 0, **own
+        )
 
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse groups of fewer than two answers, and rows that the rewards cannot score.
@@ -111,6 +114,7 @@ class Rloo(Sampled, Objective):
     def loss(self, batch: Batch, roles: Roles) -> Loss:
         """Return the summed clipped surrogate of the answers."""
         out = roles.policy(batch, entropy=True, temperature=self.temperature)
+        batch = with_old(batch, out["logprobs"])
         log_ratio = sum_by_answer(batch, out["logprobs"] - batch.extra["old"])
         advantages = batch.extra["advantages"]
         losses, corrected = self.corrected(clipped_policy_loss(log_ratio.exp(), advantages, self.clip, self.clip), batch)

@@ -2,9 +2,9 @@
 
 One rollout is one batch of prompts. Its answers are split into minibatches, one optimizer step each, `epochs` times in a new
 order. Log-probabilities of the sampling policy are measured by the training forward pass in the same micro-batches as in the
-first epoch, so the first ratio of a rollout is exactly 1. Those of the sampler itself, whose cache and padding round
-differently, are kept as `sampler`: their difference is reported with every update, and a correction for it can be
-switched on (see `sampler_weights`).
+first epoch, so the first ratio of a rollout is exactly 1; a single update of a rollout measures them itself (see
+`rollout_metrics.with_old`). Those of the sampler itself, whose cache and padding round differently, are kept as `sampler`:
+their difference is reported with every update, and a correction for it can be switched on (see `sampler_weights`).
 """
 
 from __future__ import annotations
@@ -92,11 +92,22 @@ class RolloutPlan:
     """Names of the numbers it adds to each answer."""
     critic: Callable[[Roles], Critic] | None = None
     """Returns the value function to evaluate as well, where there is one."""
+    old_in_advantages: bool = True
+    """Whether the advantages depend on the log-probabilities of the sampling policy."""
 
     @property
     def updates(self) -> int:
         """Return the number of optimizer steps per rollout."""
         return self.epochs * self.minibatches
+
+    def old_from_update(self, roles: Roles) -> bool:
+        """Return whether the update itself measures the sampling policy.
+
+        It does where it is the only one of the rollout and computes the loss once, before the weights move. Checks, which
+        compare passes of an unchanged policy, measure it apart.
+        """
+        alone = self.updates == 1 and self.critic is None and not self.old_in_advantages
+        return alone and torch.is_grad_enabled() and roles.model.training and roles.stack.rule() is None
 
 
 class Rollouts:
@@ -196,16 +207,19 @@ class Rollouts:
         self.count += 1
         samples = self._scored(samples, roles)
         parts = self.deal(samples, roles)
+        # The first rollout, and all of a server's, show before any update whether the sampler agrees with training.
+        later = self.count > 1 and self.server is None and self.plan.old_from_update(roles)
         for micro in itertools.chain.from_iterable(parts):
-            self.measure(micro, roles)
-        warn_of_mismatch([s.tokens for s in samples], roles)
+            self.measure(micro, roles, old=not later)
+        if not later:
+            warn_of_mismatch([s.tokens for s in samples], roles)
         value(samples)
         left = self.plan.updates
         for epoch in range(self.plan.epochs):
             for part in parts if epoch == 0 else self.deal(samples, roles):
                 left -= 1
                 self.boundary = left == 0
-                yield [self.lay_out(micro, roles) for micro in part]
+                yield [self.lay_out(micro, roles, old=not later) for micro in part]
                 # Return before drawing random numbers for the skipped updates: a run resumed here draws none either.
                 if self.boundary:
                     return
@@ -244,39 +258,47 @@ class Rollouts:
         for first in range(self.plan.minibatches):
             picked = [s for i in order[first :: self.plan.minibatches] for s in groups[i]]
             rows = [{"prompt_ids": s.answer.prompt_ids, "answer_ids": s.answer.ids, "sample": s} for s in picked]
-            parts.append([[row["sample"] for row in micro] for micro in roles.split(rows)])
+            parts.append([[row["sample"] for row in micro] for micro in roles.split(rows, "prompt_ids")])
         return parts
 
     @torch.no_grad()
-    def measure(self, samples: list[Sample], roles: Roles) -> None:
+    def measure(self, samples: list[Sample], roles: Roles, old: bool = True) -> None:
         """Measure log-probabilities under the sampling policy and the reference, by the forward pass that training uses.
 
         Each sample gets `tokens["old"]`, `["reference"]` and `["values"]`, (n,) each, where they apply.
+
+        Args:
+            old: False where the update itself measures the sampling policy.
         """
-        if not samples:
+        if not samples or not (old or self.plan.reference):
             return
-        batch = self.lay_out(samples, roles)
+        batch = self.lay_out(samples, roles, old)
         lengths = [s.length for s in samples]
         critic = self.plan.critic(roles) if self.plan.critic is not None else None
-        out = roles.engine(batch, temperature=self.plan.temperature, critic=critic)
-        found = {"old": out["logprobs"], **({"values": out["values"]} if critic is not None else {})}
+        found: dict[str, Tensor] = {}
+        if old:
+            out = roles.engine(batch, temperature=self.plan.temperature, critic=critic)
+            found = {"old": out["logprobs"], **({"values": out["values"]} if critic is not None else {})}
         if self.plan.reference:
             found["reference"] = roles.reference_tokens(batch, self.plan.temperature)
         for name, values in found.items():
             for sample, own in zip(samples, values.split(lengths), strict=True):
                 sample.tokens[name] = own.cpu()
-        for index, s in enumerate(samples):
+        for index, s in enumerate(samples if old else ()):
             if critic is not None:
                 s.numbers["value_end"] = float(out["values_end"][index])
             s.numbers["kl"] = float((s.tokens["old"] - s.tokens["reference"]).sum()) if self.plan.reference else 0.0
 
-    def lay_out(self, samples: list[Sample], roles: Roles) -> Batch:
+    def lay_out(self, samples: list[Sample], roles: Roles, old: bool = True) -> Batch:
         """Lay samples out as a batch whose targets are the answers' N tokens, in order; `extra` holds the samples' numbers.
 
         Per token, (N,): the entries of `Sample.tokens`, and `answer`, the index of the token's answer. Per answer, (B,):
         `score` (NaN where no reward has an opinion), `length`, `finished` and the entries of `Sample.numbers`. Answers to one
         prompt share it where rows are packed.
         A batch without answers has the same names, so that every process reports the same metrics.
+
+        Args:
+            old: whether the sampling policy has been measured.
         """
         lengths = torch.tensor([s.length for s in samples], dtype=torch.long)
         extra: dict[str, Tensor] = {
@@ -288,9 +310,10 @@ class Rollouts:
             "no_opinion": torch.tensor(self.no_opinion),
         }
         plan = self.plan
-        measured = (SAMPLER, "old", *(("reference",) if plan.reference else ()), *plan.token_names)
+        of_old = ["old"] if old else []
+        measured = (SAMPLER, *of_old, *(("reference",) if plan.reference else ()), *plan.token_names)
         tokens = list(samples[0].tokens if samples else measured)
-        numbers = list(samples[0].numbers if samples else (*self.reward_names, "kl", *plan.number_names))
+        numbers = list(samples[0].numbers if samples else (*self.reward_names, *(["kl"] if old else []), *plan.number_names))
         extra |= {name: torch.cat([s.tokens[name] for s in samples]) if samples else torch.zeros(0) for name in tokens}
         extra |= {name: torch.tensor([s.numbers[name] for s in samples]) for name in numbers}
         rows = [s.row for s in samples]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmrecipe.data.collate import Batch
@@ -23,6 +24,21 @@ def answer_count(batch: Batch) -> int:
 def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
     """Sum values per token, (N,), to values per answer, (B,)."""
     return values.new_zeros(answer_count(batch)).index_add(0, batch.extra["answer"], values)
+
+
+def with_old(batch: Batch, logprobs: Tensor) -> Batch:
+    """Return the batch with the log-probabilities of the policy that sampled, (N,), and the divergence of each answer, (B,).
+
+    Where they have not been measured the rollout makes one update, and those of its own pass are the same.
+
+    Args:
+        logprobs: (N,) of the pass with gradients.
+    """
+    if "old" in batch.extra:
+        return batch
+    old = logprobs.detach()
+    kl = old - batch.extra["reference"] if "reference" in batch.extra else torch.zeros_like(old)
+    return batch.with_extra(old=old, kl=sum_by_answer(batch, kl))
 
 
 def reward_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
