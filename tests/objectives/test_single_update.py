@@ -1,4 +1,4 @@
-"""Rollouts with a single update: its own pass measures the policy that sampled, and answers that share a prompt count it once."""
+"""Rollouts with a single update: its own pass measures the policy that sampled; answers that share a prompt count it once."""
 
 from __future__ import annotations
 
