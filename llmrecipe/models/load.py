@@ -148,14 +148,12 @@ def _backend(section: ModelSection, cls: type, device: str) -> str:
     """Return the stock attention backend of a class.
 
     Raises:
-        ModelError: the machine or the family lacks it, or the route or the kernels that are named.
+        ModelError: the machine or the family lacks it, or the route that is named for packed rows.
     """
-    from llmrecipe.models.fused_kernels import check_kernels
     from llmrecipe.models.packed_attention import check_route
 
     backend = attention(section, cls)
     check_route(section.packed_attention, device)
-    check_kernels(section.kernels, device)
     if section.packed_attention != "auto" and not routes_attention(cls, backend):
         raise ModelError(
             f"model.packed_attention: {section.packed_attention} is never reached, because rows of {cls.__name__} with "

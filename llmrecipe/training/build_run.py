@@ -26,7 +26,7 @@ from llmrecipe.feedback.directions import direction
 from llmrecipe.methods._base.method import Wrapper
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.models import compiled_blocks
-from llmrecipe.models.fused_kernels import fuse_kernels
+from llmrecipe.models.fused_kernels import check_kernels, fuse_kernels
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import ready_to_compile, speed_up
 from llmrecipe.optim.optimizer import Divide, Optimizer, build_optimizer, parameter_groups
@@ -96,6 +96,7 @@ def build_parts(composition: Composition, resume: Path | None) -> RunState:
     with abandoned(None, runtime, resume):
         profile = decided_profile(recipe, runtime.device, resume, runtime.is_main)
         use(profile)
+        check_kernels(recipe.model.kernels, runtime.device.type)
         if profile.compile:
             ready_to_compile(runtime.device)
         directory = RunDir.open(resume, runtime) if resume else RunDir.create(composition, runtime)

@@ -12,6 +12,7 @@ import pytest
 from llmrecipe.core import device_profile
 from llmrecipe.core.device_profile import DeviceFacts, Profile, decide
 from llmrecipe.core.errors import ModelError, RecipeError
+from llmrecipe.evaluation.evaluate_model import open_subject
 from llmrecipe.evaluation.verify.verify_subject import bench_of, judged, verifications
 from llmrecipe.models import fused_kernels
 from llmrecipe.models.fused_kernels import Kernel
@@ -50,6 +51,10 @@ def test_a_run_has_the_losses_of_the_stock_model_and_a_resume_goes_on_with_its_k
     assert LINE in said and "kernels liger (model.kernels)" in said and calls["rotary"] == calls["silu"] > 0
     for plain, fused in zip(curve(tmp_path / "plain"), curve(tmp_path / "fused"), strict=True):
         assert fused[1:3] == pytest.approx(plain[1:3], rel=1e-4)
+    # They belong to the training: what it leaves is evaluated on any machine.
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_kernels, "kernels_lacking", lambda device: "needs another machine")
+        assert open_subject(str(tmp_path / "fused"), []).composition.recipe.model.kernels == "liger"
     # A device that decides for kernels is remembered, whatever the table says when the run goes on.
     decided(monkeypatch, kernels="liger")
     stop_after(2, tmp_path / "stopped", "sft_lora", *SMALL)
@@ -76,7 +81,8 @@ def test_kernels_by_key_that_the_machine_lacks_are_an_error_before_weights_are_r
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ModelError, match=r"model\.kernels: liger needs a CUDA GPU, and the device is cpu; use auto or off"):
-        train_recipe(tmp_path, "sft_lora", *SMALL, "model.kernels=liger")
+        train_recipe(tmp_path / "run", "sft_lora", *SMALL, "model.kernels=liger")
+    assert not (tmp_path / "run").exists()
 
 
 def test_verify_compares_kernels_with_the_stock_forward(tmp_path: Path, kernels: dict[str, Kernel]) -> None:

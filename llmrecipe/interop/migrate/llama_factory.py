@@ -36,7 +36,7 @@ RULES: dict[str, Rule] = trainer.RULES | {
     "train_on_prompt": Same("see objective.mask"),
     "mask_history": Same("see objective.mask"),
     "flash_attn": Same("the same attention, by the fastest backend there is; model.attention names one"),
-    "enable_liger_kernel": Same("logits are computed in chunks and only where there is a target"),
+    "enable_liger_kernel": Same("logits come in chunks, of targets alone; model.kernels=liger takes other kernels"),
     "use_unsloth": Same("kernels of another library; the same numbers"),
     "use_unsloth_gc": Same("see model.gradient_checkpointing"),
     "use_reentrant_gc": Same("activations are always recomputed the non-reentrant way"),

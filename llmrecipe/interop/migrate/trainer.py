@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
     "do_predict": Only("generate from the finished run: llmrecipe generate RUN"),
     "predict_with_generate": Only("add metrics of generated answers: eval.metrics=[rouge_l]"),
     "resume_from_checkpoint": Only("a checkpoint of another tool cannot be continued; a run of this one: resume=RUN"),
-    "use_liger_kernel": Same("logits are computed in chunks and only where there is a target; no option is needed"),
+    "use_liger_kernel": Same("logits come in chunks, of targets alone; model.kernels=liger takes other kernels"),
     "group_by_length": Only("rows come in random order; data.packing avoids padding", (False,)),
     "train_sampling_strategy": Only("rows come in random order; data.packing avoids padding", ("random",)),
     "optim_args": Only("set the options under optim by hand (`llmrecipe show adamw`)", ()),

@@ -7,6 +7,9 @@ Three things of the library's own forwards are undone here:
 - an `eval()` forward on a CPU with AVX512-BF16 repacks the 4-bit weight for another kernel; training forwards cannot read it;
 - the bias is cast in place to the compute dtype, so a trained float32 bias would become 16-bit without a word;
 - 8-bit layers on CPU compute with integer activations in eval mode and float ones in training mode: two different models.
+
+A dequantized weight lives for one product, in the forward and again in the backward pass, which keeps the codes alone. The next
+layer gets its memory from the allocator; a buffer for each shape would hold it between passes too.
 """
 
 from __future__ import annotations
