@@ -8,14 +8,15 @@ Models have random weights of a stated shape and rows are words that are tokens,
 process of its own, one that fails or runs out of time is recorded and the next one starts, and both result files are written
 after every cell. What is measured:
 
-    equal      losses of a tiny model on the CPU and on the device, step by step
+    equal      losses of a tiny model on the CPU and on the device, step by step; answers of two ways of decoding
     speed      tokens a second (padding excluded, a prompt counted with each answer) over the steps after the first two; share
                of the device's peak by the convention of `gpu_flops`, for devices whose peak is known; most memory of
                tensors; seconds from the process's start to the end of step 1
     profile    which kernels take the time of one step
 
 Rows are full (every one as long as the longest), long (eight times as long, one a step) or of real lengths (log-normal). For
-sampled answers tokens are those of prompts and of answers at full length, and no share of the peak is given.
+sampled answers tokens are those of prompts and of answers at full length, and no share of the peak is given; where nothing but
+answers is timed (generate), those of the answers as they are.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.benchmarks import gpu_decoding  # noqa: E402
 from tests.benchmarks.gpu_flops import utilisation  # noqa: E402
 from tests.benchmarks.gpu_peer import missing  # noqa: E402
 from tests.benchmarks.gpu_work import Cell, write_json  # noqa: E402
@@ -66,6 +68,8 @@ def cells(dry: bool = False) -> list[Cell]:
     found += _sides("dpo", "lora", big, "real")
     found += _sides("sft", "qlora", big, "full")
     found += _sides("grpo", "lora", middle, "prompts")
+    found += gpu_decoding.cells(("tiny", "tiny-qwen3"), (middle, big))
+    found += [Cell("product", "grpo", "lora", middle, "prompts", words=gpu_decoding.words(w)) for w in gpu_decoding.WAYS[1:]]
     found += _sides("sft", "full", middle, "full")
     found += [Cell("product", t, m, "tiny", "real", "equal", d) for t, m, d in more]
     found += [Cell("product", "dpo", "lora", big, "real", "profile"), Cell("trl", "sft", "lora", big, "full", "profile")]
@@ -238,7 +242,7 @@ def page(found: dict[str, Any], results: list[dict[str, Any]]) -> str:
         cells_ = [c["task"], c["method"], c["shape"], c["lengths"], side(r)]
         cells_ += [f"{r['tokens_per_s']:.0f}", share(r.get("mfu")), f"{r['step_s']:.3f}", f"{r['peak_mb']:.0f}"]
         lines.append("| " + " | ".join([*cells_, f"{r['first_step_s']:.1f}"]) + " |")
-    lines += ["", "## Losses on the CPU and on the device", ""]
+    lines += ["", "## Losses on the CPU and on the device, and answers of two ways of decoding", ""]
     lines += ["| task | method | dtype | with | largest difference | tolerance | |", "|" + " --- |" * 7]
     for r in (r for r in done if r["cell"]["kind"] == "equal"):
         c, verdict = r["cell"], "equal" if r["equal"] else "**not equal**"
@@ -246,6 +250,7 @@ def page(found: dict[str, Any], results: list[dict[str, Any]]) -> str:
             f"| {c['task']} | {c['method']} | {c['dtype']} | {c.get('words', '')} | {r['difference']:.1e} | "
             f"{r['tolerance']:.0e} | {verdict} |"
         )
+    lines += ["", "## Answers by other ways of decoding", "", *(gpu_decoding.gains(done) or ["Not measured."])]
     lines += ["", "## Steps after which compiled blocks and fused kernels pay", "", *(payback(done) or ["Not measured."])]
     for r in (r for r in done if r["cell"]["kind"] == "profile"):
         lines += ["", f"## Where a step goes: {Cell(**r['cell']).name}", "", *profile_lines(r["kernels"])]

@@ -137,6 +137,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     cell, size = Cell(**spec["cell"]), SIZES[spec["size"]]
     Path(spec["out"]).mkdir(parents=True, exist_ok=True)
     lengths = write_cell_rows(cell, size, Path(spec["data"]))
+    if cell.task == "generate":
+        from tests.benchmarks import gpu_decoding
+
+        return gpu_decoding.measure(spec, cell, size)
     if cell.kind == "equal":
         return equality(spec, cell, size)
     meter = Meter(spec["began"], spec["device"], cell.kind == "profile")

@@ -32,6 +32,8 @@ def missing(cell: Cell, device: str) -> str | None:
         return f"not importable: {', '.join(absent)}"
     if "model.kernels=liger" in cell.words and (lacks := kernels_lacking(device)) is not None:
         return f"liger {lacks}"
+    if "runtime.decoding=graphs" in cell.words and device != "cuda":
+        return f"graphs need a GPU, and the device is {device}"
     if cell.side == "trl_best" and not extras(cell):
         return "nothing to add to trl here: liger_kernel and flash_attn are not importable"
     return None

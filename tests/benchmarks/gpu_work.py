@@ -19,6 +19,8 @@ SEED = 0
 LORA = {"r": 16, "alpha": 32}
 LONG = 8
 """Tokens of a long row in those of a full one."""
+SAMPLED = ("grpo", "generate")
+"""Tasks whose rows are prompts."""
 WARM = 2
 """Steps that no rate counts."""
 
@@ -61,14 +63,14 @@ class Cell:
     side: str
     """product, transformers, trl or trl_best."""
     task: str
-    """sft, dpo or grpo."""
+    """sft, dpo, grpo, or generate (see `gpu_decoding`)."""
     method: str
     """lora, qlora or full."""
     shape: str
     lengths: str = "full"
     """full (every row the longest), real (log-normal), long (a row a step, `LONG` times the longest), prompts."""
     kind: str = "speed"
-    """speed, profile, or equal (losses on the CPU and on the device)."""
+    """speed, profile, or equal (losses on the CPU and on the device; answers of two ways of decoding)."""
     dtype: str = "bfloat16"
     words: str = ""
     """Further words of the recipe, of the product alone."""
@@ -108,7 +110,7 @@ def rows_of(cell: Cell, size: Size) -> list[dict[str, str]]:
     found = []
     for _ in range(size.steps * rows_per_step(cell, size)):
         topic = draw.topic()
-        if cell.task == "grpo":
+        if cell.task in SAMPLED:
             found.append({"prompt": draw.text(topic, size.prompt)})
             continue
         prompt, answer = _lengths(cell, size, draw)
@@ -124,7 +126,7 @@ def rows_of(cell: Cell, size: Size) -> list[dict[str, str]]:
 
 def rows_per_step(cell: Cell, size: Size) -> int:
     """Rows (or pairs, or prompts) in an optimizer step; a pair counts as two rows."""
-    if cell.task == "grpo":
+    if cell.task in SAMPLED:
         return size.prompts
     if cell.lengths == "long":
         return 1
@@ -134,7 +136,7 @@ def rows_per_step(cell: Cell, size: Size) -> int:
 
 def rows_at_once(cell: Cell, size: Size) -> int:
     """Rows (or pairs, or answers) that a peer puts through the model at once: a divisor of those of a step."""
-    rows = rows_per_step(cell, size) * (size.answers if cell.task == "grpo" else 1)
+    rows = rows_per_step(cell, size) * (size.answers if cell.task in SAMPLED else 1)
     length = {"real": size.longest // 2, "prompts": size.prompt + size.new}.get(cell.lengths, longest(cell, size))
     most = max(1, size.micro // (length * (2 if cell.task == "dpo" else 1)))
     return next(n for n in range(min(most, rows), 0, -1) if rows % n == 0)
@@ -158,7 +160,7 @@ def _lengths(cell: Cell, size: Size, draw: Words) -> tuple[int, int]:
 
 def sequence_lengths(cell: Cell, rows: list[dict[str, str]], size: Size) -> list[int]:
     """Tokens of every sequence as a trainer sees it: each answer with its own copy of the prompt and its end token."""
-    if cell.task == "grpo":
+    if cell.task in SAMPLED:
         return [size.prompt + size.new] * (len(rows) * size.answers)
     answers = ("completion", "chosen", "rejected")
     return [len(r["prompt"].split()) + len(r[a].split()) + 1 for r in rows for a in answers if a in r]

@@ -6,14 +6,14 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.benchmarks import gpu
+from tests.benchmarks import gpu, gpu_decoding
 from tests.benchmarks.gpu_cell import compared
 from tests.benchmarks.gpu_flops import SHAPES, peak_tflops, step_flops, utilisation
 from tests.benchmarks.gpu_peer import NEEDS, missing
@@ -115,7 +115,7 @@ def test_cells_cover_what_people_train_and_the_most_valuable_come_first() -> Non
     found = gpu.cells()
     assert [c.kind for c in found[:3]] == ["equal"] * 3 and found[3] == Cell("product", "sft", "lora", "llama-3.1-8b")
     speed = {(c.task, c.method) for c in found if c.kind == "speed" and c.side == "product"}
-    assert speed == {(t, m) for t in ("sft", "dpo", "grpo") for m in ("lora", "qlora", "full")}
+    assert speed == {("generate", "lora"), *((t, m) for t in ("sft", "dpo", "grpo") for m in ("lora", "qlora", "full"))}
     assert {c.shape for c in found if c.kind == "speed"} == {n for n in SHAPES if not n.startswith("tiny")}
     assert {c.lengths for c in found} == {"full", "real", "long", "prompts"} and {c.side for c in found} == set(NEEDS)
     assert len(set(found)) == len(found)
@@ -156,6 +156,34 @@ def test_kernels_that_a_machine_lacks_are_not_measured(monkeypatch: pytest.Monke
     cell = Cell("product", "sft", "lora", "tiny", words=gpu.KERNELS)
     assert missing(cell, "cpu") == "liger needs a CUDA GPU, and the device is cpu"
     assert missing(Cell("product", "sft", "lora", "tiny"), "cpu") is None
+
+
+def test_ways_of_decoding_are_compared_first_and_timed_beside_the_first_one() -> None:
+    found = [c for c in gpu.cells() if c.task == "generate"]
+    assert [c.kind for c in found] == sorted(c.kind for c in found)
+    assert {(c.shape, c.words) for c in found if c.kind == "speed"} == {
+        (shape, f"runtime.decoding={way}") for shape in ("llama-3.2-1b", "llama-3.1-8b") for way in gpu_decoding.WAYS
+    }
+    graphs = next(c for c in found if c.words == "runtime.decoding=graphs")
+    assert "graphs need a GPU" in str(missing(graphs, "cpu")) and missing(graphs, "cuda") is None
+
+    def result(way: str, rate: float) -> dict[str, Any]:
+        return {"cell": asdict(replace(found[-1], words=f"runtime.decoding={way}")), "tokens_per_s": rate}
+
+    name = "product generate lora llama-3.1-8b prompts speed bfloat16"
+    assert gpu_decoding.gains([result("continuous", 10.0), result("static", 8.0), result("graphs", 35.0)]) == [
+        f"- {name}: static 0.80 x continuous",
+        f"- {name}: graphs 3.50 x continuous",
+    ]
+
+
+def test_answers_are_compared_up_to_where_they_part() -> None:
+    import torch
+
+    own = [([5, 6, 2], torch.tensor([-1.0, -2.0, -3.0])), ([5, 7], torch.tensor([-1.0, -9.0]))]
+    found = gpu_decoding.differences(own, [own[0], ([5, 8, 2], torch.tensor([-1.5, -1.0, -1.0]))])
+    assert (found["same"], found["difference"], found["equal"]) == (0.5, 0.5, False)
+    assert gpu_decoding.differences(own, own)["equal"]
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
@@ -248,9 +276,14 @@ def test_every_cell_runs_dry(tmp_path: Path) -> None:
     gpu.main(["--minutes", "30", "--dry-run", "--folder", str(tmp_path / "work"), "--out", str(tmp_path / "gpu-x")])
     results = json.loads((tmp_path / "gpu-x.json").read_text())["results"]
     assert [r["cell"] for r in results if r["status"] == "failed"] == []
-    known = ("not importable", "nothing to add", "liger needs")
+    known = ("not importable", "nothing to add", "liger needs", "graphs need")
     assert all(r["status"] == "ok" or any(k in r["error"] for k in known) for r in results)
     ours = {(r["cell"]["task"], r["cell"]["lengths"]): r["tokens"] for r in results if r.get("settings") == {}}
     for r in results:
-        if "tokens" in r and "packing" not in r["settings"].get("with", []) and r["cell"]["kind"] == "speed":
+        if (
+            "tokens" in r
+            and "packing" not in r["settings"].get("with", [])
+            and r["cell"]["kind"] == "speed"
+            and r["cell"]["task"] != "generate"
+        ):
             assert r["tokens"] == ours[r["cell"]["task"], r["cell"]["lengths"]], r["cell"]
