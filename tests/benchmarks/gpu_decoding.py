@@ -107,9 +107,8 @@ def cells(tiny: tuple[str, ...], shapes: tuple[str, ...]) -> list[Cell]:
 
 def gains(done: list[dict[str, Any]]) -> list[str]:
     """One line for each way that is not the first: its rate over that of `continuous` on the same model."""
-    rates = {
-        Cell(**r["cell"]): r["tokens_per_s"] for r in done if r["cell"]["kind"] == "speed" and r["cell"]["side"] == "product"
-    }
+    own = [r for r in done if r["cell"]["kind"] == "speed" and r["cell"]["side"] == "product"]
+    rates = {Cell(**r["cell"]): r["tokens_per_s"] for r in own}
     lines = []
     for cell, rate in rates.items():
         way = way_of(cell)
