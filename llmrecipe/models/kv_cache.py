@@ -25,6 +25,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+SPARE = 64
+"""Columns that are allocated behind those in use."""
 Carried = dict[str, dict[Any, Tensor]]
 """Wrapper's name -> any key -> tensor (R, ...), one entry per row."""
 
@@ -67,7 +69,43 @@ def fresh(model: nn.Module) -> RowCache | None:
         return None
     cache = DynamicCache(config=own)
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    cache.layers = [SpareLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cast("RowCache", cache) if plain else None
+
+
+class SpareLayer(DynamicLayer):
+    """Keys (R, H, C, E) and values of one layer, with columns to spare behind them.
+
+    A decoding step writes its own column. All are copied only where none is left, or where rows or columns have been changed.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole: list[Tensor] = []
+        """Keys and values with the columns to spare."""
+        self.written: list[Tensor] = []
+        """The views of them that the last update returned."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Append columns, (R, H, N, E), and return all of them."""
+        columns = self.get_seq_length()
+        if not columns or torch.is_grad_enabled():
+            return super().update(key_states, value_states, *args, **kwargs)
+        end = columns + key_states.shape[2]
+        own = [self.keys, self.values]
+        changed = [x is not y for x, y in zip(own, self.written, strict=False)]
+        if not changed or any(changed) or self.whole[0].shape[2] < end:
+            self.whole = [x.new_empty(*x.shape[:2], end + SPARE, x.shape[3]) for x in own]
+            for whole, x in zip(self.whole, own, strict=True):
+                whole[:, :, :columns] = x
+        for whole, new in zip(self.whole, (key_states, value_states), strict=True):
+            whole[:, :, columns:end] = new
+        self.written = [whole[:, :, :end] for whole in self.whole]
+        self.keys, self.values = self.written
+        return self.keys, self.values
 
 
 def cached(inputs: dict[str, Any]) -> int:

@@ -1,0 +1,63 @@
+"""Keys and values with columns to spare: what Transformers' own layer holds, copied only where it has to be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from llmrecipe.models.kv_cache import SPARE, SpareLayer
+
+
+def states(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(rows, 2, columns, 4, generator=generator) for _ in range(2))
+    return keys, values
+
+
+@torch.no_grad()
+def test_it_holds_what_transformers_own_layer_holds() -> None:
+    own, stock = SpareLayer(), DynamicLayer()
+    rows = 4
+    for step in range(3 * SPARE):
+        new = states(rows, 7 if step == 0 else 1, step)
+        for mine, wanted in zip(own.update(*new), stock.update(*new), strict=True):
+            assert torch.equal(mine, wanted)
+        if step == 5:
+            # Two columns are cut off, then a row leaves, as in continuous batching.
+            for layer in (own, stock):
+                layer.keys, layer.values = layer.keys[:, :, 2:], layer.values[:, :, 2:]
+        if step == 9:
+            rows = 3
+            for layer in (own, stock):
+                layer.batch_select_indices(torch.tensor([3, 0, 1]))
+        assert own.get_seq_length() == stock.get_seq_length()
+
+
+@torch.no_grad()
+def test_a_step_writes_its_column_and_copies_nothing() -> None:
+    layer = SpareLayer()
+    layer.update(*states(3, 9, 0))
+    places = {(layer.update(*states(3, 1, 1 + step))[0].data_ptr(), layer.values.data_ptr()) for step in range(SPARE)}
+    assert len(places) == 1
+    assert layer.update(*states(3, SPARE, 99))[0].data_ptr() not in {keys for keys, _ in places}
+
+
+@torch.no_grad()
+def test_a_view_that_was_returned_before_keeps_its_numbers() -> None:
+    layer = SpareLayer()
+    layer.update(*states(2, 3, 0))
+    seen, _ = layer.update(*states(2, 1, 1))
+    before = seen.clone()
+    layer.crop(-1)
+    layer.update(*states(2, 1, 2))
+    assert torch.equal(seen, before)
+
+
+def test_gradients_reach_what_is_appended() -> None:
+    layer = SpareLayer()
+    first, second = (states(2, 3, seed)[0].requires_grad_() for seed in (0, 1))
+    layer.update(first, first)
+    keys, _ = layer.update(second, second)
+    keys.sum().backward()
+    assert first.grad is not None and second.grad is not None
