@@ -1,4 +1,4 @@
-"""What encoding a batch of conversations costs in calls: limits are set once for many, and no text is encoded twice."""
+"""What preparing rows costs in calls: limits are set once for many, no text is encoded twice, formats are made once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from llmrecipe.core.errors import DataError
 from llmrecipe.core.time_limit import bounded
+from llmrecipe.data.formats import detect, mismatch
 from llmrecipe.data.formats.bad_row import BadRow
+from llmrecipe.data.formats.data_format import DataFormat, data_format
 from llmrecipe.data.templates.chatml import CHATML
 from llmrecipe.data.tokenize import chat_templates, special_tokens
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
@@ -100,3 +103,19 @@ def test_a_prompt_is_not_encoded_besides_the_whole(template: str, monkeypatch: p
     for row, ids, trained in zip(rows, columns["ids"], columns["trained"]):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         assert ids[: len(prompt)] == prompt and trained.index(1) == len(prompt)
+
+
+def test_formats_are_made_once_for_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(name: str) -> DataFormat:
+        made.append(name)
+        return data_format(name)
+
+    for module in (detect, mismatch):
+        monkeypatch.setattr(module, "data_format", counted)
+    sample: list[dict[str, Any]] = [{"prompt": f"q{i}", "completion": "a"} for i in range(20)]
+    assert detect.detect(sample, "dialogue", "auto", "here").name == "prompt_completion"
+    assert max(made.count(name) for name in made) <= 2, "as one that may be meant, as one that may claim a row"
+    with pytest.raises(DataError, match="these are not dialogue rows"):
+        detect.detect([*sample, {"prompt": "q", "completion": "a", "label": True}], "dialogue", "auto", "here")

@@ -105,7 +105,7 @@ def detect(
             takers = f"; {found}" if (found := takers_of(named)) else ""
             raise DataError(f"data.format: {wanted} cannot become {rows} rows (possible: {possible}){takers}")
         accepted = [named]
-    elif (other := next(filter(None, (another_type(one, rows, accepted) for one in sample)), None)) is not None:
+    elif (other := another_type(sample, rows, accepted)) is not None:
         raise DataError(mismatch(accepted, row, rows, where, other))
     for one in accepted:
         if one.matches(row) is not None and (wanted != "auto" or one.fits(row)):

@@ -65,17 +65,22 @@ def mapping_text(mapping: Mapping[str, str]) -> str:
     return "data.columns='{" + ", ".join(f"{wanted}: {column}" for wanted, column in mapping.items()) + "}'"
 
 
-def another_type(row: Row, rows: str, formats: Sequence[DataFormat]) -> DataFormat | None:
-    """Return the format that claims a row, where it cannot become this row type and the row type would lose the column.
+def another_type(sample: Sequence[Row], rows: str, formats: Sequence[DataFormat]) -> DataFormat | None:
+    """Return the format that claims a row of a sample, where it cannot become this row type, which would lose the column.
 
     Args:
-        formats: those that can become the row type; one that reads the row's label loses nothing.
+        formats: those that can become the row type; one that reads the label of a row loses nothing of that.
     """
-    if row_type(rows).keeps_columns or any("label" in (one.matches(row) or ()) for one in formats):
+    if row_type(rows).keeps_columns:
         return None
-    every = [data_format(name) for name in registry.names("format")]
-    claiming = [one for one in every if one.claims(row) and rows not in one.becomes]
-    return next((one for one in claiming if one.matches(row) is not None), claiming[0] if claiming else None)
+    others = [one for one in map(data_format, registry.names("format")) if rows not in one.becomes]
+    for row in sample:
+        if any("label" in (one.matches(row) or ()) for one in formats):
+            continue
+        claiming = [one for one in others if one.claims(row)]
+        if claiming:
+            return next((one for one in claiming if one.matches(row) is not None), claiming[0])
+    return None
 
 
 def objectives_for(name: str) -> list[str]:
