@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,10 +210,29 @@ def check_saved_base(model: nn.Module, base: ModelSection, saved: delta.SavedSta
         logger.info("%s: the same base, stored in another way than in training", folder)
 
 
+_shared: ContextVar[dict[str, PreTrainedTokenizerBase] | None] = ContextVar("shared tokenizers", default=None)
+
+
+@contextlib.contextmanager
+def shared_tokenizers() -> Iterator[None]:
+    """Read a tokenizer once however often `tokenizer_of` returns it inside; who gets it must leave it as it is."""
+    before = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(before)
+
+
 def tokenizer_of(section: ModelSection, tokenizer: TokenizerSection) -> PreTrainedTokenizerBase:
-    """Return the tokenizer a model is loaded with, without reading weights."""
-    base, _, folder = resolve_section(section)
-    return load_tokenizer(base, own_tokenizer(tokenizer, folder))
+    """Return the tokenizer a model is loaded with, without reading weights (see `shared_tokenizers`)."""
+    base, _, folder = resolve_section(section, tensors=False)
+    own, known = own_tokenizer(tokenizer, folder), _shared.get()
+    if known is None:
+        return load_tokenizer(base, own)
+    key = repr((base, own))
+    if key not in known:
+        known[key] = load_tokenizer(base, own)
+    return known[key]
 
 
 def own_tokenizer(tokenizer: TokenizerSection, folder: Path | None) -> TokenizerSection:

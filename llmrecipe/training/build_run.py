@@ -68,6 +68,7 @@ def abandoned(directory: RunDir | None, runtime: Runtime | None, resume: Path | 
         raise
 
 
+@open_model.shared_tokenizers()
 def build_parts(composition: Composition, resume: Path | None) -> RunState:
     """Build everything the loop needs, or raise one teaching error before weights are read.
 

@@ -26,7 +26,7 @@ from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.recipe.profile_keys import check_device, profile_for
 from llmrecipe.recipe.sharding_rules import GATHERED, PLAIN, shard_size
 from llmrecipe.recipe.validate import instantiate
-from llmrecipe.runs import delta
+from llmrecipe.runs import delta, open_model
 from llmrecipe.runs.tracker import check_trackers
 from llmrecipe.runtime.processes import pick_device
 from llmrecipe.training import build_model, build_run, recipe_checks
@@ -164,6 +164,7 @@ class _Built:
 
 
 @kept_profiles()
+@open_model.shared_tokenizers()
 def examine(
     composition: Composition, made: StackChoices | None = None, follow: bool = True, known: Profile | None = None
 ) -> Findings:

@@ -263,7 +263,7 @@ def check_family(recipe: Recipe, objective: Objective) -> None:
     Raises:
         RecipeError: it trains decoders only, or leaves the encoder nothing to read; or the model has no first decoder token.
     """
-    config = load_config(open_model.resolve_section(recipe.model)[0])
+    config = load_config(open_model.resolve_section(recipe.model, tensors=False)[0])
     if not config.is_encoder_decoder or objective.model_head() not in ("causal", "seq2seq", "classification", LANGUAGE):
         return
     kind = delta.kind_name(objective)
@@ -324,7 +324,7 @@ def check_vocabulary(recipe: Recipe, data: SplitRows, validation: SplitRows | No
     Raises:
         RecipeError: it names the first such place, or the token.
     """
-    base, saved, _ = open_model.resolve_section(recipe.model)
+    base, saved, _ = open_model.resolve_section(recipe.model, tensors=False)
     room = getattr(load_config(base).get_text_config(), "vocab_size", None)
     if room is None:
         return
@@ -356,7 +356,7 @@ def check_positions(recipe: Recipe, objective: Objective, data: SplitRows, valid
     Raises:
         RecipeError: it names `data.max_length` and the positions of the model.
     """
-    base, _, _ = open_model.resolve_section(recipe.model)
+    base, _, _ = open_model.resolve_section(recipe.model, tensors=False)
     sampled = getattr(objective, "max_new_tokens", 0) if objective.rows == "prompt" else 0
     stated = positions.stated_positions(load_config(base))
     if stated is None or recipe.data.max_length + sampled <= stated:

@@ -96,7 +96,7 @@ def check_attention(recipe: Recipe, objective: Objective, wrappers: list[Wrapper
     Raises:
         ModelError: it names the wrapper and the class of attention (see `models.hooks.hook.refuse_unrouted`).
     """
-    base, _, _ = open_model.resolve_section(recipe.model)
+    base, _, _ = open_model.resolve_section(recipe.model, tensors=False)
     if may_bypass_attention(base, objective.model_head()):
         on_meta(recipe, objective, stack_for(objective, wrappers), labels, "cpu")
 

@@ -44,7 +44,7 @@ class ImageClassification(LabelPrediction, Objective):
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse what no prediction of labels can be, and pictures of a size for which the model has no positions."""
         super().check(recipe, data)
-        config = load_config(resolve_section(recipe.model)[0])
+        config = load_config(resolve_section(recipe.model, tensors=False)[0])
         if config.model_type not in ONE_SIZE:
             return
         side = config.image_size

@@ -107,7 +107,7 @@ class Dae(Denoising, Objective):
     def check(self, recipe: Recipe, data: SplitRows) -> None:
         """Refuse options of other forms, noise that the model cannot undo, an unfit tokenizer, and rows too long."""
         refuse_unused(self, "form", FORMS)
-        base = resolve_section(recipe.model)[0]
+        base = resolve_section(recipe.model, tensors=False)[0]
         config = load_config(base)
         kind = family_head(config, LANGUAGE)
         layout = {"seq2seq": "seq2seq", "causal": "prefix"}.get(kind)
