@@ -25,8 +25,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-SPARE = 64
-"""Columns that are allocated behind those in use."""
+SPARE = 8
+"""Columns in use for each that is allocated behind them."""
 Carried = dict[str, dict[Any, Tensor]]
 """Wrapper's name -> any key -> tensor (R, ...), one entry per row."""
 
@@ -98,7 +98,7 @@ class SpareLayer(DynamicLayer):
         own = [self.keys, self.values]
         changed = [x is not y for x, y in zip(own, self.written, strict=False)]
         if not changed or any(changed) or self.whole[0].shape[2] < end:
-            self.whole = [x.new_empty(*x.shape[:2], end + SPARE, x.shape[3]) for x in own]
+            self.whole = [x.new_empty(*x.shape[:2], end + end // SPARE, x.shape[3]) for x in own]
             for whole, x in zip(self.whole, own, strict=True):
                 whole[:, :, :columns] = x
         for whole, new in zip(self.whole, (key_states, value_states), strict=True):

@@ -19,7 +19,7 @@ def states(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_it_holds_what_transformers_own_layer_holds() -> None:
     own, stock = SpareLayer(), DynamicLayer()
     rows = 4
-    for step in range(3 * SPARE):
+    for step in range(100):
         new = states(rows, 7 if step == 0 else 1, step)
         for mine, wanted in zip(own.update(*new), stock.update(*new), strict=True):
             assert torch.equal(mine, wanted)
@@ -37,10 +37,10 @@ def test_it_holds_what_transformers_own_layer_holds() -> None:
 @torch.no_grad()
 def test_a_step_writes_its_column_and_copies_nothing() -> None:
     layer = SpareLayer()
-    layer.update(*states(3, 9, 0))
-    places = {(layer.update(*states(3, 1, 1 + step))[0].data_ptr(), layer.values.data_ptr()) for step in range(SPARE)}
+    layer.update(*states(3, 10 * SPARE - 1, 0))
+    places = {(layer.update(*states(3, 1, 1 + step))[0].data_ptr(), layer.values.data_ptr()) for step in range(11)}
     assert len(places) == 1
-    assert layer.update(*states(3, SPARE, 99))[0].data_ptr() not in {keys for keys, _ in places}
+    assert layer.update(*states(3, 1, 99))[0].data_ptr() not in {keys for keys, _ in places}
 
 
 @torch.no_grad()
