@@ -28,7 +28,7 @@ from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.load import load_tokenizer
 from llmrecipe.models.resolve_class import CLASSIFIERS
 from llmrecipe.recipe.compose import Composition, compose
-from llmrecipe.recipe.profile_keys import profile_for
+from llmrecipe.recipe.profile_keys import check_device, profile_for
 from llmrecipe.recipe.schema import Recipe
 from llmrecipe.recipe.validate import instantiate
 from llmrecipe.runs.looks import note_look
@@ -63,6 +63,8 @@ def open_subject(path: str, overrides: list[str]) -> Subject:
     objective = instantiate(recipe).objective
     objective.read_folder(recipe.model)
     device = pick_device(recipe.runtime.device)
+    if composition.origins[("runtime", "decoding")].kind == "override":
+        check_device(recipe, device)
     model = open_model(
         recipe.model, recipe.tokenizer, head=objective.model_head(), seed=recipe.seed, options=options, device=device
     )

@@ -68,7 +68,11 @@ def profile_for(recipe: Recipe, device: torch.device | str, known: Profile | Non
     facts = device_profile.facts_of(device)
     same = known is not None and (known.kind, known.name) == (facts.kind, facts.name)
     decided = known.decided if known is not None and same else decide(facts)
-    return Profile(facts.kind, facts.name, decided, choices(recipe))
+    chosen = choices(recipe)
+    if chosen.get("decoding") == "graphs" and facts.kind != "cuda":
+        # A training is refused (see `check_device`); what it leaves opens on any machine.
+        del chosen["decoding"]
+    return Profile(facts.kind, facts.name, decided, chosen)
 
 
 def profile_line(profile: Profile, recipe: Recipe, vocabulary: int | None, routes: tuple[str, ...]) -> str:

@@ -110,6 +110,9 @@ def test_a_run_says_and_keeps_its_profile_and_a_resume_uses_it(tmp_path: Path, c
 def test_graphs_are_refused_before_a_model_is_read_where_there_is_no_gpu() -> None:
     with pytest.raises(RecipeError, match=r"runtime\.decoding: graphs needs a CUDA GPU, and the device is cpu; use auto"):
         decided_profile(recipe("runtime.decoding=graphs"), torch.device("cpu"), None)
+    with pytest.raises(RecipeError, match=r"runtime\.decoding: graphs needs a CUDA GPU"):
+        open_subject("tiny", ["runtime.decoding=graphs"])
+    assert profile_for(recipe("runtime.decoding=graphs"), "cpu").decoding == "continuous", "the recipe of a run of a GPU"
     assert decided_profile(recipe("runtime.decoding=static"), torch.device("cpu"), None).decoding == "static"
 
 
