@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmrecipe.core import device_profile
 from llmrecipe.core.errors import RecipeError
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.logprob import Post, token_logprobs
@@ -247,6 +248,16 @@ def test_a_run_that_samples_in_tensors_of_fixed_shape_is_the_same(tmp_path: Path
         assert own == pytest.approx(wanted, rel=1e-3, abs=1e-6)
     one, other = learned(tmp_path / "static"), learned(tmp_path / "continuous")
     assert all(torch.allclose(one[k], other[k], atol=1e-5) for k in one) and one.keys() == other.keys()
+
+
+def test_a_way_to_sample_that_the_device_decided_and_cannot_go_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided = dataclasses.replace(device_profile.TABLE["cpu"], decoding="graphs")
+    monkeypatch.setattr(device_profile, "TABLE", {"cpu": decided})
+    train_recipe(tmp_path, "grpo", *SHORT, "steps=4")
+    found = [e["message"] for e in events(tmp_path, "warning") if e["message"].startswith("runtime.decoding: ")]
+    assert len(found) == 1 and "is not decoded by graphs: it needs a CUDA GPU, and the device is cpu" in found[0]
 
 
 @pytest.mark.slow
