@@ -27,13 +27,14 @@ DEV = "dev"
 
 
 def verb(as_json: Json = False) -> None:
-    """Say what this machine can run: packages, devices, memory, precision, quantization, extras."""
+    """Say what this machine can run: packages, devices, memory, precision, quantization, kernels, extras."""
     facts = {
         "packages": packages() or UNKNOWN,
         "extras": extras() or UNKNOWN,
         **machine(),
         **torch_facts(),
         "quantization": quantization(),
+        "kernels": kernels(),
     }
     if as_json:
         print_json(facts)
@@ -172,3 +173,21 @@ def quantization() -> str:
         if error < 0.2
         else f"nf4 gives wrong numbers on {device} ({error:.3f})"
     )
+
+
+def kernels() -> str:
+    """Test whether the kernels of `model.kernels=liger` run here, by multiplying a small gated activation."""
+    try:
+        import torch
+
+        from llmrecipe.models.fused_kernels import kernels_lacking, load_kernels
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if why := kernels_lacking(device):
+            return f"liger-kernel {why}"
+        gate, up = torch.linspace(-4, 4, 512, device=device).reshape(2, 8, 32)
+        found = load_kernels()["silu"].forward(gate, up)[2]
+        error = (found - torch.nn.functional.silu(gate) * up).abs().max().item()
+    except Exception as problem:  # whatever a compiler of kernels raises
+        return f"liger-kernel does not work here: {type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+    return f"liger-kernel works on {device}" if error < 1e-4 else f"liger-kernel gives wrong numbers on {device} ({error:.1e})"

@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 
 from llmrecipe.cli import doctor
 from llmrecipe.cli.app import run_command as command
+from llmrecipe.models import fused_kernels
+from tests.models.test_fused_kernels import stand_ins, wrong
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -79,6 +81,20 @@ def test_a_version_that_is_too_old_missing_or_untested_is_named(installed: dict[
     assert found["torch"] == "2.7.1 (too old: needs >=2.8)"
     assert found["transformers"] == f"99.0.0 (untested: newer than {doctor.tested_versions()['transformers']})"
     assert found["numpy"] == installed["numpy"] and found["accelerate"] == "missing"
+
+
+def test_kernels_are_tried_where_the_machine_has_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert doctor.kernels() == "liger-kernel needs a CUDA GPU, and the device is cpu"
+    found = stand_ins()
+    monkeypatch.setattr(fused_kernels, "kernels_lacking", lambda device: None)
+    monkeypatch.setattr(fused_kernels, "load_kernels", lambda: found)
+    assert doctor.kernels() == "liger-kernel works on cpu"
+    found["silu"] = wrong(found["silu"], backward=False)
+    assert doctor.kernels().startswith("liger-kernel gives wrong numbers on cpu (")
+    del found["silu"]
+    assert doctor.kernels() == "liger-kernel does not work here: KeyError: 'silu'"
 
 
 def test_the_verb_prints_them(capsys: pytest.CaptureFixture[str]) -> None:

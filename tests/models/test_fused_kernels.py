@@ -338,6 +338,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Kernel]]:
     from triton import language as tl
 
     monkeypatch.setattr(swiglu, "float", Scalar, raising=False)
+    if type(swiglu._swiglu_forward_kernel).__name__ != "InterpretedFunction":
+        pytest.skip("these were imported before, to be compiled")
     # The interpreter has no library of device functions.
     monkeypatch.setattr(geglu, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
     fused_kernels.load_kernels.cache_clear()
