@@ -1,4 +1,4 @@
-"""Completion in a real bash, on a terminal: what stands on the line after Tab was pressed."""
+"""Completion in real shells, on a terminal: what stands on the line after Tab was pressed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,34 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 120.0
 """Longest wait; a machine that is busy takes seconds for one key."""
 Press = Callable[[str], list[str]]
+SHELLS = {
+    "bash": (
+        ["bash", "--norc", "--noprofile", "-i"],
+        "bind 'set bell-style none'; eval \"$(_LLMRECIPE_COMPLETE=source_bash llmrecipe)\"",
+    ),
+    "zsh": (
+        ["zsh", "-f", "-i"],
+        'bindkey -e; unsetopt beep; autoload -Uz compinit; compinit -u -D; eval "$(_LLMRECIPE_COMPLETE=source_zsh llmrecipe)"',
+    ),
+    "fish": (
+        ["fish", "--no-config", "-i"],
+        "env _LLMRECIPE_COMPLETE=source_fish llmrecipe | source",
+    ),
+}
+"""Shell -> how it is started without its owner's settings, and what gives it the completion."""
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
 
-
-@pytest.fixture(scope="module")
-def bash(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Press]:
-    """A function that types keys into a bash with the completion of the package, and returns the words of its line then."""
-    folder = tmp_path_factory.mktemp("bash")
-    for name in ("runs/one", "runs/old/two"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "status.json").write_text("{}")
+@pytest.fixture(scope="module", params=SHELLS)
+def press(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Press]:
+    """A function that types keys into a shell with the completion of the package, and returns the words of its line then."""
+    name = request.param
+    if shutil.which(name) is None:
+        pytest.skip(f"there is no {name} here")
+    command, setup = SHELLS[name]
+    folder = tmp_path_factory.mktemp(name)
+    for run in ("runs/one", "runs/old/two"):
+        (folder / run).mkdir(parents=True)
+        (folder / run / "status.json").write_text("{}")
     launcher = folder / "bin" / "llmrecipe"
     launcher.parent.mkdir()
     launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m llmrecipe "$@"\n')
@@ -38,7 +55,8 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Press]:
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(folder)
-        os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], {**os.environ, **variables, "PYTHONPATH": str(ROOT)})
+        own = {**os.environ, **variables, "PYTHONPATH": str(ROOT), "HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+        os.execvpe(command[0], command, own)
 
     def wait_for(pattern: str) -> re.Match[str]:
         seen, end = "", time.monotonic() + SECONDS
@@ -48,15 +66,15 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Press]:
                 seen += os.read(terminal, 1 << 16).decode(errors="replace")
         return found
 
-    def press(keys: str) -> list[str]:
+    def typed(keys: str) -> list[str]:
         # Ctrl-A goes to the start of the line: what was completed becomes the words that are printed.
         os.write(terminal, f"{keys}\x01printf '<%s>' \x05; echo \"=end\"=\n".encode())
-        return re.findall(r"<([^>]*)>", wait_for(r"((?:<[^>]*>)+)=end=")[1])
+        return re.findall(r"<([^<>]*)>", wait_for(r"((?:<[^<>]*>)+)=end=")[1])
 
-    os.write(terminal, b"bind 'set bell-style none'; eval \"$(_LLMRECIPE_COMPLETE=source_bash llmrecipe)\"; echo =rea''dy=\n")
+    os.write(terminal, f'{setup}; echo "=rea""dy="\n'.encode())
     wait_for("=ready=")
     try:
-        yield press
+        yield typed
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -74,5 +92,5 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Press]:
         ("llmrecipe eval runs/ol\t", ["eval", "runs/old/two"]),
     ],
 )
-def test_tab(bash: Press, keys: str, words: list[str]) -> None:
-    assert bash(keys) == ["llmrecipe", *words]
+def test_tab(press: Press, keys: str, words: list[str]) -> None:
+    assert press(keys) == ["llmrecipe", *words]
