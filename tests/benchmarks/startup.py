@@ -273,6 +273,11 @@ def peer(rounds: int) -> list[str]:
     return lines
 
 
+def loads(before: float) -> str:
+    """Say how busy the machine was: CPU seconds grow with what others take of its caches, wall seconds with their turns."""
+    return f"load average {before:.1f} at the beginning, {os.getloadavg()[0]:.1f} at the end"
+
+
 PARTS: dict[str, Callable[[int, Path], list[str]]] = {
     "verbs": verbs, "first_step": first_step, "imports": imports, "check": check, "cold": cold,
 }  # fmt: skip
@@ -287,6 +292,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="llmrecipe-startup-"))
     lines = ["| process | wall s | CPU s | target s |", "|---|---|---|---|"]
+    before = os.getloadavg()[0]
     try:
         for name in options.only or PARTS:
             print(name, flush=True)
@@ -298,7 +304,8 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if not options.only:
-        report = f"{machine_line()}\nMedians of {options.rounds} rounds (least-greatest).\n\n{text}\n\n{line(stamp('startup'))}"
+        said = f"Medians of {options.rounds} rounds (least-greatest); {loads(before)}."
+        report = f"{machine_line()}\n{said}\n\n{text}\n\n{line(stamp('startup'))}"
         (harness.RESULTS / "startup.md").write_text(report, encoding="utf-8")
 
 
