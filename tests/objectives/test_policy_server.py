@@ -26,6 +26,9 @@ from tests.tiny import tiny_model
 from tests.trainings import events, train_recipe
 
 
+pytest.importorskip("peft")
+
+
 class StandIn:
     """The state of a server: its base, and one adapter at a time by name."""
 
