@@ -62,7 +62,8 @@ if TYPE_CHECKING:
     from llmrecipe.methods._engines.low_rank import add_to_weight
     from llmrecipe.models.anatomy import Anatomy
     from llmrecipe.models.family import Family
-    from llmrecipe.models.hooks.hook import Hook, add_hook, device_of, merge_hooks
+    from llmrecipe.models.hooks.hook import Hook, device_of
+    from llmrecipe.models.hooks.host import add_hook, merge_hooks
     from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
     from llmrecipe.models.module_map import anatomy
     from llmrecipe.models.part_names import PartNames
@@ -176,8 +177,10 @@ _HOMES = {
     "llmrecipe.methods._engines.low_rank": ("add_to_weight",),
     "llmrecipe.models.hooks.hook": (
         "Hook",
-        "add_hook",
         "device_of",
+    ),
+    "llmrecipe.models.hooks.host": (
+        "add_hook",
         "merge_hooks",
     ),
     "llmrecipe.models.hooks.shared_module": (

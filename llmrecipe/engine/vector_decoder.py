@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.forward_context import Context, current
 from llmrecipe.data.collate import Batch
-from llmrecipe.models.hooks.hook import EDIT, Hook, add_hook, remove_hook
+from llmrecipe.models.hooks.hook import EDIT, Hook
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 from llmrecipe.models.module_map import anatomy
 
 OWNER = "pooled_decoder"

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from llmrecipe.core.foreign import read_json, reading
 from llmrecipe.engine.decoders import decoder_start
-from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
+from llmrecipe.engine.trunk import token_logits
 from llmrecipe.interop.verify_logits import BOUNDS, GOLDEN_PROMPT, golden_ids, logits_of, probe_pictures
 
 if TYPE_CHECKING:

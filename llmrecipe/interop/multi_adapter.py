@@ -20,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from llmrecipe.core.errors import ModelError, did_you_mean
 from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.core.tasks import Tasks, common
-from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.generation import generate as generate_from
 from llmrecipe.engine.sampling import Sampling
+from llmrecipe.engine.trunk import token_logits
 from llmrecipe.interop.verify_logits import adapter_head
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.models.checkpoint_path import adapter_base, find_base, is_adapter, run_folder

@@ -14,7 +14,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.core.foreign import read_json
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.data.tokenize.chat_templates import prompt_ids
-from llmrecipe.engine.forward import token_logits
+from llmrecipe.engine.trunk import token_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 from llmrecipe.models.vocabulary import input_embedding
 
 if TYPE_CHECKING:

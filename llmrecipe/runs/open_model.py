@@ -248,7 +248,7 @@ FOLDS = {"weight": 0, "wrap_forward": 1, "after": 2, "before": 3}
 
 
 def merge_order(loaded: LoadedModel) -> list[Wrapper]:
-    """Return mounted wrappers in the order in which folding is exact, that of the forward pass (see `models.hooks.hook`).
+    """Return mounted wrappers in the order in which folding is exact, that of the forward pass (see `models.hooks.host`).
 
     Replaced tensors, then replaced calls (DoRA saw the bare weight), then what adds to the output and what scales the sum, by
     `Hook.order`, then scalings of the input; ties in stack order. Entries that are trained in place are in W from the start,

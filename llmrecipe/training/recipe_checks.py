@@ -94,7 +94,7 @@ def check_attention(recipe: Recipe, objective: Objective, wrappers: list[Wrapper
     """Refuse, before weights are read, a stack that changes attention in a model that does not let it.
 
     Raises:
-        ModelError: it names the wrapper and the class of attention (see `models.hooks.hook.refuse_unrouted`).
+        ModelError: it names the wrapper and the class of attention (see `models.hooks.host.refuse_unrouted`).
     """
     base, _, _ = open_model.resolve_section(recipe.model, tensors=False)
     if may_bypass_attention(base, objective.model_head()):

@@ -28,7 +28,7 @@ from llmrecipe.evaluation.verify.exported import value_difference
 from llmrecipe.evaluation.verify.verify_subject import CheckResult, bench_of, judged, verifications, verify_subject
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.hook import add_hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.objectives.alignment._engines import rollout
 from llmrecipe.recipe.recipe_paths import all_recipes
 from llmrecipe.training import save_run

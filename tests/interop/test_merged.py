@@ -103,7 +103,8 @@ def test_a_merge_that_moves_the_logits_is_refused_and_leaves_nothing(tmp_path: P
 
 
 def _drop(model: torch.nn.Module, owner: str) -> None:
-    from llmrecipe.models.hooks.hook import all_hooks, remove_hook
+    from llmrecipe.models.hooks.hook import all_hooks
+    from llmrecipe.models.hooks.host import remove_hook
 
     for _, module, name, _ in list(all_hooks(model, owner)):
         remove_hook(module, name)

@@ -13,7 +13,8 @@ from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods.additive.adapter import Adapter
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.chunked_ffn import chunk_feed_forward
-from llmrecipe.models.hooks.hook import Hook, add_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.load import prepare_for_training
 from llmrecipe.models.optimizations import speed_up
 from llmrecipe.recipe.compose import compose

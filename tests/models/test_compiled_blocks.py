@@ -25,7 +25,8 @@ from llmrecipe.models import compiled_blocks as module
 from llmrecipe.models.checkpointing import enable_checkpointing
 from llmrecipe.models.compiled_blocks import SETTLED, CompiledBlocks, compiled_blocks
 from llmrecipe.models.hooks import between_graphs
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, recorded_calls
+from llmrecipe.models.hooks.hook import Hook, all_hooks, recorded_calls
+from llmrecipe.models.hooks.host import add_hook
 from tests.tiny import tiny_model
 
 LENGTHS = ((2, 7), (3, 5), (2, 9))

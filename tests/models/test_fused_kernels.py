@@ -19,7 +19,8 @@ from llmrecipe.models import fused_kernels
 from llmrecipe.models.checkpointing import enable_checkpointing
 from llmrecipe.models.chunked_ffn import chunk_feed_forward
 from llmrecipe.models.fused_kernels import FusedParts, Kernel, check_kernels, fuse_kernels
-from llmrecipe.models.hooks.hook import Hook, add_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.optimizations import same, speed_up, without_speed_ups
 from tests.models.configs import tiny
 from tests.models.test_optimizations import BATCHES, adapted, assert_same, rows, step

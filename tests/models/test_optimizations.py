@@ -13,7 +13,8 @@ from llmrecipe.data.collate import Batch, Sequence, pack, pad
 from llmrecipe.engine.forward import Engine
 from llmrecipe.methods._engines.low_rank import LowRank
 from llmrecipe.models.attention import install_attention
-from llmrecipe.models.hooks.hook import Hook, add_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.optimizations import _plain_norm, same, speed_up
 from tests.models.configs import CAUSAL, tiny

@@ -19,7 +19,8 @@ from llmrecipe.methods._base.update_rule import backprop
 from llmrecipe.methods.selective._engines.hard_concrete import DiffGate, GroupGate
 from llmrecipe.methods.selective.diff_pruning import DiffPruning
 from llmrecipe.methods.selective.group_mask import GroupMask
-from llmrecipe.models.hooks.hook import Hook, add_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.hooks.shared_weights import shared_weights
 from llmrecipe.objectives.finetuning.sft import Sft
 from tests.methods.probe import language_probe, token_rows

@@ -19,7 +19,7 @@ from llmrecipe.core.errors import RecipeError
 from llmrecipe.data import prepare
 from llmrecipe.data.batch_parts import part_of_batch
 from llmrecipe.data.collate import FeatureVectors, Sequence, pack, pad
-from llmrecipe.engine import forward
+from llmrecipe.engine import trunk
 from llmrecipe.engine.forward import Engine
 from llmrecipe.engine.pooling import LAYERS, Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
@@ -242,7 +242,7 @@ def test_chunks_replay_their_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = Contrastive(loss_type="infonce", positives="dropout", chunk=4)
     model = encoder(objective, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1)
     total, again = step(objective, model, ROWS)
-    monkeypatch.setattr(forward, "checkpoint", lambda call, *inputs, **_: call(*inputs))
+    monkeypatch.setattr(trunk, "checkpoint", lambda call, *inputs, **_: call(*inputs))
     kept, gradients = step(objective, model, ROWS)
     assert total == kept and again.keys() == gradients.keys()
     assert all(torch.equal(again[k], gradients[k]) for k in again)

@@ -25,7 +25,6 @@ from tests.objectives.rollouts import REWARD, ROWS, Numbers, setting, updates
 from tests.tiny import tiny_model
 from tests.trainings import events, train_recipe
 
-
 pytest.importorskip("peft")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from llmrecipe.core import registry
 from llmrecipe.core.errors import LlmRecipeError, RecipeError
 from llmrecipe.methods._base.method import ParamGroup
-from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook
+from llmrecipe.models.hooks.hook import DELTA, Hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.optim.optimizer import build_optimizer, parameter_groups
 
 KINDS = registry.names("optim")

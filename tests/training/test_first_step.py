@@ -15,7 +15,8 @@ from llmrecipe.core.errors import RunError
 from llmrecipe.methods._base.stack import Stack
 from llmrecipe.methods._base.update_rule import StepResult
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.hook import Hook, add_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.training import first_step
 from tests.runtime.test_processes import start
 from tests.trainings import events, learned, train_recipe
@@ -171,7 +172,8 @@ def test_a_skipped_step_and_a_rule_without_gradients_prove_nothing() -> None:
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 WORKER = """
-from llmrecipe.models.hooks.hook import Hook, add_hook
+from llmrecipe.models.hooks.hook import (Hook)
+from llmrecipe.models.hooks.host import (add_hook)
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.core.errors import UserError
 from tests.trainings import train_recipe

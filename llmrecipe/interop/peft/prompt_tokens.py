@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.models import vocabulary
-from llmrecipe.models.hooks.hook import all_hooks, remove_hook
+from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.hooks.host import remove_hook
 from llmrecipe.runs.open_model import LoadedModel
 
 if TYPE_CHECKING:

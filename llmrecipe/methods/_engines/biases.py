@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models.excluded import excluded
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook, row_index
+from llmrecipe.models.hooks.hook import Hook, all_hooks, hooks_of, row_index
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.site_finder import widths
 from llmrecipe.models.task_heads import is_head

@@ -21,7 +21,8 @@ from llmrecipe.methods._engines.low_rank import LowRank, is_transposed, wide
 from llmrecipe.methods._engines.quantized import dense_weight
 from llmrecipe.methods.selective._engines import selection
 from llmrecipe.methods.selective._engines.sparse_method import base_weights
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.hooks.hook import Hook, all_hooks, hooks_of
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

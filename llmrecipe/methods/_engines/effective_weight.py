@@ -16,7 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmrecipe.methods._engines.loftq_codes import Requantized, stored_weight
 from llmrecipe.methods._engines.quantized import bits_of
-from llmrecipe.models.hooks.hook import Hook, forward_with, hook_kind, hooks_of, plain_tensors
+from llmrecipe.models.hooks.hook import Hook, hook_kind, hooks_of
+from llmrecipe.models.hooks.host import forward_with, plain_tensors
 
 _READ: MutableMapping[Tensor, frozenset[int]] = WeakIdKeyDictionary()
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._engines.document_tokens import host_of, summarised
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks
+from llmrecipe.models.hooks.hook import Hook, all_hooks
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._engines.quantized import bits_of, dense_weight
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.hooks.hook import Hook, all_hooks, hooks_of
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

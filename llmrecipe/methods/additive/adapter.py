@@ -13,7 +13,8 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.input_gate import InputGate, gate_means, prepare_gates
 from llmrecipe.methods.additive._engines import bottleneck
-from llmrecipe.models.hooks.hook import add_hook, device_of
+from llmrecipe.models.hooks.hook import device_of
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from llmrecipe.core.option_types import Literal, OpenFraction, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import apt_gates, prefix_kv
-from llmrecipe.models.hooks.hook import add_hook
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from llmrecipe.methods._engines.document_tokens import stack_input
 from llmrecipe.methods.additive._engines import bottleneck
 from llmrecipe.methods.additive._engines.soft_topk import iterated_top_k, soft_top_k
 from llmrecipe.models.attention import Attend, PickedTokens
-from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of
+from llmrecipe.models.hooks.hook import DELTA, Hook, device_of
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.kv_cache import prompts_of
 from llmrecipe.models.module_map import anatomy
 

@@ -14,7 +14,8 @@ from llmrecipe.core.registry import register
 from llmrecipe.core.tasks import Tasks
 from llmrecipe.methods._base.method import ParamGroup, Stage, Wrapper
 from llmrecipe.methods._engines.task_ids import task_ids_for
-from llmrecipe.models.hooks.hook import SCALE, Hook, add_hook, device_of, merge_hooks, own_tensors, row_index
+from llmrecipe.models.hooks.hook import SCALE, Hook, device_of, own_tensors, row_index
+from llmrecipe.models.hooks.host import add_hook, merge_hooks
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFrac
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods.additive._engines import bottleneck
-from llmrecipe.models.hooks.hook import add_hook, device_of, row_index
+from llmrecipe.models.hooks.hook import device_of, row_index
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

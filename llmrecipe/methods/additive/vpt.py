@@ -13,7 +13,8 @@ from llmrecipe.core.errors import ModelError, RecipeError
 from llmrecipe.core.option_types import Field, Literal, NonNegativeInt, OpenFraction, Rank
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
-from llmrecipe.models.hooks.hook import ROWS, Hook, add_hook, first_tensor, with_first
+from llmrecipe.models.hooks.hook import ROWS, Hook, first_tensor, with_first
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained
 from llmrecipe.models.task_heads import is_head

@@ -25,7 +25,8 @@ from llmrecipe.methods.hybrid._engines.elastic import (
     ElasticPrompts,
     ElasticTables,
 )
-from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, row_index
+from llmrecipe.models.hooks.hook import all_hooks, device_of, row_index
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.vocabulary import reads_images
 

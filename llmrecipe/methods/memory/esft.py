@@ -20,7 +20,8 @@ from llmrecipe.methods.memory._engines.expert_copies import (
     smallest_set,
 )
 from llmrecipe.methods.selective._engines.selection import mode
-from llmrecipe.models.hooks.hook import all_hooks, merge_hooks
+from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.hooks.host import merge_hooks
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,8 @@ from llmrecipe.methods._engines.document_tokens import host_of
 from llmrecipe.methods.additive._engines.prefix_kv import PrefixColumns, attention_sites, shape_of
 from llmrecipe.methods.memory._engines.generated_adapter import Columns, GeneratedLowRank, Generator
 from llmrecipe.methods.memory._engines.hypermodel import Hypermodel, RowBlock, WritingPlan, native_config
-from llmrecipe.models.hooks.hook import add_hook, device_of, row_index
+from llmrecipe.models.hooks.hook import device_of, row_index
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.hooks.shared_module import add_shared, shared_modules
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained

@@ -15,7 +15,8 @@ from llmrecipe.data.transfer import exact_float
 from llmrecipe.methods._base.method import Probe, Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.biases import open_biases
-from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
+from llmrecipe.models.hooks.hook import all_hooks, device_of, row_index
+from llmrecipe.models.hooks.host import add_hook, merge_hooks
 from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
 from llmrecipe.models.module_map import anatomy
 

@@ -20,7 +20,8 @@ from llmrecipe.methods._engines.biases import BiasMaster, open_biases
 from llmrecipe.methods._engines.dora_norm import Gain
 from llmrecipe.methods._engines.effective_weight import hooks_under, weight_below
 from llmrecipe.methods.reparameterized.lora import pattern_value
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, device_of, merge_hooks, row_index
+from llmrecipe.models.hooks.hook import Hook, all_hooks, device_of, row_index
+from llmrecipe.models.hooks.host import add_hook, merge_hooks
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.kept_entries import entries_kept
-from llmrecipe.models.hooks.hook import add_hook, all_hooks, device_of, merge_hooks, row_index
+from llmrecipe.models.hooks.hook import all_hooks, device_of, row_index
+from llmrecipe.models.hooks.host import add_hook, merge_hooks
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from llmrecipe.methods._engines.biases import BiasMaster, make_room, open_biases
 from llmrecipe.methods._engines.gated_low_rank import GateShares
 from llmrecipe.methods._engines.input_gate import gate_means, prepare_gates
 from llmrecipe.methods._engines.loftq_codes import Requantized, assign_codes
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, merge_hooks
+from llmrecipe.models.hooks.hook import Hook, all_hooks
+from llmrecipe.models.hooks.host import add_hook, merge_hooks
 from llmrecipe.models.module_map import anatomy
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from llmrecipe.core.option_types import NonNegativeInt, OpenFraction, PositiveFl
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines import low_rank
-from llmrecipe.models.hooks.hook import DELTA, Hook, add_hook, device_of, merge_hooks, row_index
+from llmrecipe.models.hooks.hook import DELTA, Hook, device_of, row_index
+from llmrecipe.models.hooks.host import add_hook, merge_hooks
 from llmrecipe.models.hooks.shared_module import SharedModule, add_shared, shared_modules
 from llmrecipe.models.module_map import anatomy
 

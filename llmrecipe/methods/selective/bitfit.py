@@ -14,7 +14,8 @@ from llmrecipe.core.option_types import Literal
 from llmrecipe.core.registry import register
 from llmrecipe.methods._base.method import Stage, Wrapper
 from llmrecipe.methods._engines.biases import add_to_bias, every_bias, make_room, pooler_of, shifted, train_bias
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, remove_hook, row_index
+from llmrecipe.models.hooks.hook import Hook, all_hooks, row_index
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site_finder import is_convolutional
 

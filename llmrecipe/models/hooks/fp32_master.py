@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmrecipe.models.hooks.hook import Hook, add_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook
 
 OWNER = "float32_master"
 

@@ -13,7 +13,8 @@ from llmrecipe.methods._engines.dora_norm import INVERTIBLE, Rescaled
 from llmrecipe.methods._engines.quantized import dense_weight
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
-from llmrecipe.models.hooks.hook import EDIT, Hook, add_hook, all_hooks
+from llmrecipe.models.hooks.hook import EDIT, Hook, all_hooks
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.training.memory_estimate import retained_bytes, saved_bytes
 from tests.interop.saved_runs import fill
 from tests.support import PeakBytes

@@ -10,8 +10,8 @@ from torch import Tensor
 from llmrecipe.core.forward_context import activate
 from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
-from llmrecipe.engine.forward import token_logits
 from llmrecipe.engine.pooling import real_tokens
+from llmrecipe.engine.trunk import token_logits
 from llmrecipe.evaluation.verify.bench import Bench, largest
 from llmrecipe.evaluation.verify.documents import BatchText, documents_of, segment_rows
 from llmrecipe.evaluation.verify.verification import Measured, NotApplicable, Verification

@@ -24,7 +24,8 @@ from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._engines.document_tokens import stack_input, summarised
 from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks
+from llmrecipe.models.hooks.hook import Hook, all_hooks
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.kv_cache import cached, carried
 from llmrecipe.models.module_map import anatomy
 

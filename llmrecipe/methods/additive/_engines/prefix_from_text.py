@@ -17,7 +17,8 @@ from llmrecipe.core.forward_context import activate, current
 from llmrecipe.data.tokenize.call_tokenizer import call_tokenizer
 from llmrecipe.methods._engines.document_tokens import host_of
 from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, attention_sites, tables_of, takes_positions
-from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import backbone_of
 from llmrecipe.models.vocabulary import position_offset

@@ -34,7 +34,8 @@ from llmrecipe.core.forward_context import activate, current
 from llmrecipe.methods._engines.document_tokens import host_of, stack_input
 from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.models.attention_calls import Prefix
-from llmrecipe.models.hooks.hook import Hook, add_hook, all_hooks, refuse_unrouted
+from llmrecipe.models.hooks.hook import Hook, all_hooks
+from llmrecipe.models.hooks.host import add_hook, refuse_unrouted
 from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site import Site

@@ -24,7 +24,8 @@ from llmrecipe.core.forward_context import Context, Layout, activate, current
 from llmrecipe.data.transfer import to_device
 from llmrecipe.methods._engines.document_tokens import host_of, stack_input
 from llmrecipe.methods.additive._engines.prefix_kv import positions, takes_positions
-from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, add_hook, all_hooks
+from llmrecipe.models.hooks.hook import EDIT, ROWS, Hook, all_hooks
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.kv_cache import cached
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.pretrained import pretrained

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import current
-from llmrecipe.models.hooks.hook import Hook, T, add_hook, first_tensor, hooks_of
+from llmrecipe.models.hooks.hook import Hook, T, first_tensor, hooks_of
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site import Site
 

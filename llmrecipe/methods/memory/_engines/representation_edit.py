@@ -35,7 +35,8 @@ from llmrecipe.methods._engines.document_tokens import host_of
 from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.methods._engines.low_rank import wide
 from llmrecipe.methods.memory._engines.prompt_ends import EditedTokens, PromptEnds, PromptEndsOfPass
-from llmrecipe.models.hooks.hook import EDIT, Hook, add_hook, all_hooks, device_of
+from llmrecipe.models.hooks.hook import EDIT, Hook, all_hooks, device_of
+from llmrecipe.models.hooks.host import add_hook
 from llmrecipe.models.module_map import anatomy
 from llmrecipe.models.site import Site
 

@@ -14,7 +14,8 @@ from llmrecipe.methods.selective._engines.base_weight import Selected, Weight
 from llmrecipe.methods.selective._engines.hard_concrete import Gated, GateTied
 from llmrecipe.methods.selective._engines.sparse_kernels import gather_selected
 from llmrecipe.methods.selective._engines.sparse_method import SparseMethod, attach_chosen, sparse_hooks
-from llmrecipe.models.hooks.hook import add_hook, all_hooks, remove_hook
+from llmrecipe.models.hooks.hook import all_hooks
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 
 
 class GatePhase(SparseMethod):

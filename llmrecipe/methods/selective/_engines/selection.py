@@ -26,7 +26,8 @@ from llmrecipe.core.forward_context import activate
 from llmrecipe.methods.selective._engines.base_weight import Weight
 from llmrecipe.methods.selective._engines.top_k import Part, top_k
 from llmrecipe.models.autograd_context import AutogradContext
-from llmrecipe.models.hooks.hook import Hook, add_hook, remove_hook
+from llmrecipe.models.hooks.hook import Hook
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 
 if TYPE_CHECKING:
     from llmrecipe.data.collate import Batch

@@ -22,7 +22,8 @@ from llmrecipe.methods.selective._engines.sparse_delta import (
 )
 from llmrecipe.methods.selective._engines.sparse_kernels import gather_selected
 from llmrecipe.models.excluded import excluded
-from llmrecipe.models.hooks.hook import add_hook, all_hooks, hooks_of, remove_hook
+from llmrecipe.models.hooks.hook import all_hooks, hooks_of
+from llmrecipe.models.hooks.host import add_hook, remove_hook
 from llmrecipe.models.hooks.shared_module import shared_modules
 from llmrecipe.models.idle_embedding import idle_embedding
 from llmrecipe.models.module_map import anatomy

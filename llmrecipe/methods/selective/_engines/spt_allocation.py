@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods.selective._engines.top_k import counts_at, top_k
-from llmrecipe.models.hooks.hook import SERIAL, Hook, add_hook, device_of
+from llmrecipe.models.hooks.hook import SERIAL, Hook, device_of
+from llmrecipe.models.hooks.host import add_hook
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
