@@ -98,6 +98,7 @@ class RunningBatch:
         self.device = next(model.parameters()).device
         takes = inspect.signature(model.forward).parameters
         self.reads_positions = "position_ids" in takes
+        self.cache_name = kv_cache.cache_name(model.prepare_inputs_for_generation)
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.rows: list[DecodingRow] = []
         self.columns = 0
@@ -159,7 +160,7 @@ class RunningBatch:
 
     def _forward(self, ids: Tensor, cache: RowCache, starts: list[int], own: Context, first: bool) -> Tensor:
         """Return logits (R, V) at the last column."""
-        inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **self.last_only}
+        inputs: dict[str, Any] = {self.cache_name: cache, "use_cache": True, **self.last_only}
         mask = own.attention_mask
         assert mask is not None, "rows of one batch are padded"
         if self.reads_positions:

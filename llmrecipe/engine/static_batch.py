@@ -28,7 +28,7 @@ from llmrecipe.core.forward_context import Context, activate
 from llmrecipe.engine.answer_ends import AnswerEnds
 from llmrecipe.engine.continuous_batching import DecodingRow, PendingPrompt, RunningBatch
 from llmrecipe.engine.sampling import NextTokens, Sampling
-from llmrecipe.models.kv_cache import FixedCache, RowCache, columns_of
+from llmrecipe.models.kv_cache import FixedCache, RowCache, cache_name, columns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +150,8 @@ class StaticBatch(RunningBatch):
         own = replace(
             self.context, attention_mask=mask, prompt_lengths=lengths, task_ids=tasks[:, None] if self.has_tasks else None
         )
-        inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "attention_mask": mask, **self.last_only}
+        taken = cache_name(self.model.forward)
+        inputs: dict[str, Any] = {taken: self.cache, "use_cache": True, "attention_mask": mask, **self.last_only}
         if self.reads_positions:
             inputs["position_ids"] = (column - starts)[:, None] + getattr(self.model, "position_offset", 0)
         # Not by `prepare_inputs_for_generation`, which makes of this mask one that virtual tokens cannot widen.

@@ -15,7 +15,8 @@ passes belongs into `carried(cache)`: it is reordered with the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,6 +26,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What models call their cache: the first since Transformers 5.24."""
 SPARE = 8
 """Columns in use for each that is allocated behind them."""
 Carried = dict[str, dict[Any, Tensor]]
@@ -108,9 +111,20 @@ class SpareLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def cache_of(named: Mapping[str, Any]) -> Any:  # noqa: ANN401 - caches of Transformers have no type in common
+    """Return the cache among the inputs or outputs of a model, by name; None where there is none."""
+    return next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """Return by what name a function of a model takes its cache."""
+    taken = inspect.signature(function).parameters
+    return next(name for name in CACHE_NAMES if name in taken or name == CACHE_NAMES[-1])
+
+
 def cached(inputs: dict[str, Any]) -> int:
     """Return the number of tokens already in the cache of a pass."""
-    cache = inputs.get("past_key_values")
+    cache = cache_of(inputs)
     if isinstance(cache, FixedCache):
         return cache.seen
     return int(cache.get_seq_length()) if cache is not None else 0
@@ -135,7 +149,7 @@ def prompts_of(inputs: dict[str, Any], given: Tensor | None, real: Tensor) -> Te
         return None
     if given is not None and not real.shape[0] % given.shape[0]:
         return given.to(real.device).repeat_interleave(real.shape[0] // given.shape[0])
-    return real.sum(1) if inputs.get("past_key_values") is not None else None
+    return real.sum(1) if cache_of(inputs) is not None else None
 
 
 def sharded(model: nn.Module) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from llmrecipe.models import kv_cache
 from llmrecipe.models.kv_cache import SPARE, SpareLayer
+from tests.models.test_native import native
 
 
 def states(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -61,3 +66,26 @@ def test_gradients_reach_what_is_appended() -> None:
     keys, _ = layer.update(second, second)
     keys.sum().backward()
     assert first.grad is not None and second.grad is not None
+
+
+def test_both_names_of_a_cache_are_read() -> None:
+    """Transformers 5.24 calls `cache` what was `past_key_values`; an empty cache is one."""
+    empty = DynamicCache()
+    assert len(empty) == 0
+    for name in ("cache", "past_key_values"):
+        assert kv_cache.cache_of({name: empty}) is empty
+        scope: dict[str, Any] = {}
+        exec(f"def forward(input_ids, {name}=None): ...", scope)
+        assert kv_cache.cache_name(scope["forward"]) == name
+    assert kv_cache.cache_of({"use_cache": True}) is None and kv_cache.cache_of({"cache": None}) is None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_native_model_takes_its_cache_by_both_names(name: str) -> None:
+    model = native()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :3], use_cache=True)
+        rest = model(ids[:, 3:], use_cache=True, **{name: kv_cache.cache_of(first)}).logits
+    torch.testing.assert_close(rest, whole[:, 3:], atol=1e-5, rtol=1e-4)

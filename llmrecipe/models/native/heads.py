@@ -25,6 +25,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
+from llmrecipe.models.kv_cache import cache_of
 from llmrecipe.models.load_balance import auxiliary_loss, load_balancing_loss
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.native.model import NativeModel, NativePreTrainedModel
@@ -61,6 +62,7 @@ class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -73,20 +75,21 @@ class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T), or `inputs_embeds` (B, T, D).
+            cache: newer name of `past_key_values`.
             labels: (B, T); -100 marks positions without loss.
         """
         out = self.model(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         logits = scaled_logits(self.lm_head(_kept(out.last_hidden_state, logits_to_keep)), self.config)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        shown = (logits, out.past_key_values, out.hidden_states, out.attentions)
+        shown = (logits, cache_of(out), out.hidden_states, out.attentions)
         router_logits = getattr(out, "router_logits", None)
         if not router_logits:
             return CausalLMOutputWithPast(loss, *shown)
@@ -199,7 +202,7 @@ class NativeForSeq2SeqLM(NativePreTrainedModel, GenerationMixin):
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            past_key_values=cache_of(out),
             decoder_hidden_states=out.decoder_hidden_states,
             encoder_last_hidden_state=out.encoder_last_hidden_state,
         )

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from llmrecipe.models.kv_cache import cache_of
 from llmrecipe.models.native.config import NativeConfig
 from llmrecipe.models.native.layer import NativeLayer
 from llmrecipe.models.native.parts.add_norm import IntoResidual
@@ -275,11 +276,13 @@ class NativeModel(NativePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         **kwargs: object,
     ) -> ModelOutput:
-        """Return the states of the last stack, (B, T, D)."""
+        """Return the states of the last stack, (B, T, D); `cache` is the newer name of `past_key_values`."""
+        past_key_values = past_key_values if cache is None else cache
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         if self.encoder is None or self.decoder is None:
@@ -300,7 +303,7 @@ class NativeModel(NativePreTrainedModel):
         )
         return Seq2SeqMoEModelOutput(
             last_hidden_state=out.last_hidden_state,
-            past_key_values=out.past_key_values,
+            past_key_values=cache_of(out),
             decoder_hidden_states=out.hidden_states,
             decoder_attentions=out.attentions,
             encoder_last_hidden_state=states,

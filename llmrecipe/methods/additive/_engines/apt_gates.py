@@ -12,7 +12,7 @@ generation the scores of the first pass stay with the cache and move with its ro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from llmrecipe.methods._engines.handed_down import handed_down
 from llmrecipe.methods.additive._engines.prefix_kv import ColumnPlan, Made, PrefixTables, attach_prefix
 from llmrecipe.models.hooks.hook import Hook, all_hooks
 from llmrecipe.models.hooks.host import add_hook
-from llmrecipe.models.kv_cache import cached, carried
+from llmrecipe.models.kv_cache import cache_of, cached, carried
 from llmrecipe.models.module_map import anatomy
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class ScoredTables(PrefixTables):
     def make(self, inputs: dict[str, Any]) -> Made:
         """Return the columns, and how to summarise the documents of this pass."""
         if cached(inputs):
-            facts = Facts(None, False, carried(inputs["past_key_values"]).get(self.owner))
+            facts = Facts(None, False, carried(cache_of(inputs)).get(self.owner))
         else:
             tokens = summarised(self.summary, current(), inputs)
             # A loaded model may be called outside `no_grad`; only training never continues what it has read.
@@ -71,7 +71,7 @@ class ScoredTables(PrefixTables):
             return call(**changed)
 
         out = super().wrap_module(noting, inputs)
-        cache = getattr(out, "past_key_values", None)
+        cache = cache_of(out) if isinstance(out, Mapping) else None
         if cache is not None and facts[0].kept is not None:
             carried(cache)[self.owner] = facts[0].kept
         return out
