@@ -72,6 +72,7 @@ def test_the_generalised_divergence_goes_over_into_both_directions(beta: float, 
 @pytest.mark.parametrize(("kind", "beta", "theirs"), [("forward_kl", 0.5, 0.0), ("reverse_kl", 0.5, 1.0), ("jsd", 0.3, 0.3)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_loss_and_gradients_are_those_of_the_reference(kind: str, beta: float, theirs: float, temperature: float) -> None:
+    pytest.importorskip("trl", reason="the reference is trl")
     from trl.experimental.gkd import GKDTrainer
 
     roles = two_models()

@@ -58,6 +58,7 @@ def test_the_teacher_writes_with_its_own_weights() -> None:
 @pytest.mark.parametrize("writer", [{"on_policy": 1.0}, {"on_policy": 0.0, "seq_kd": True}, {"on_policy": 0.0}], ids=str)
 def test_loss_and_gradients_of_a_step_are_those_of_the_reference(writer: dict[str, Any]) -> None:
     """`GKDTrainer.compute_loss` on the sequences that were sampled, padded with its mask and labels."""
+    pytest.importorskip("trl", reason="the reference is trl")
     from trl.experimental.gkd import GKDTrainer
 
     roles, objective = two_models(), gkd(beta=0.7, **writer)

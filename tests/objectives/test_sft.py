@@ -32,6 +32,8 @@ def test_loss_and_gradients_of_unequal_micro_batches_are_those_of_the_reference(
 ) -> None:
     """Of the completion or of whole rows; plain, weighted by probabilities, smoothed. The trainer reads 1 row and then 3."""
     from datasets import Dataset
+
+    pytest.importorskip("trl", reason="the reference is trl")
     from trl import SFTConfig, SFTTrainer
 
     model = tiny_model()
