@@ -228,7 +228,11 @@ STACKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "mistral", "gpt2", "bloom", "qwen3", *STACKS])
+@pytest.mark.parametrize("kind", [
+    "llama", "gemma2", "prefix_tuning", "ia3",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma3_text", "mistral", "gpt2", "bloom", "qwen3")),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in STACKS if kind not in ("prefix_tuning", "ia3")),
+])  # fmt: skip
 def test_a_step_is_captured_once_for_a_call_and_replayed(kind: str, capture: Recorded) -> None:
     """A recording raises where the host would read a value, so nothing of these steps waits for the device."""
     of_stack = kind in STACKS

@@ -114,8 +114,7 @@ def chromium() -> Iterator[Any]:
         started.close()
 
 
-@pytest.mark.parametrize("width", [1200, 400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark"), (1200, "dark"), (400, "light")])
 @pytest.mark.parametrize("kind", PAGES)
 def test_axe_finds_nothing(kind: str, scheme: str, width: int, chromium: Any, tmp_path: Path) -> None:
     """Contrast, names, roles, order of headings; no message of the console; no page that is wider than its window."""
