@@ -14,7 +14,7 @@ demo: $(READY)  ## train a DPO LoRA on the embedded model and data, then ask it 
 		$(BIN)/llmrecipe chat $$dir --prompt "What is the hen like? Please leave out the duck."
 
 test: $(READY)  ## the fast suite
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) $(HARNESS)  ## everything: parity with trl, peft and lm-evaluation-harness, whole recipes, two processes, kills
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -49,6 +49,7 @@ def is_static(model: nn.Module) -> bool:
 # --- the same answers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "family"), matrix(CHANGES, ("llama", "native-decoder", "native-mixture")))
 def test_every_wrapper_answers_as_one_prompt_at_a_time(kind: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = cell(kind, family, moved=True)

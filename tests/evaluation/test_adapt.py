@@ -100,6 +100,7 @@ def test_the_command(trained: Path, shots: Path, tmp_path: Path, capsys: pytest.
     assert "stack=[hypertuning]" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_lora_it_wrote_is_exported(shots: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hyper"
     words = ["steps=1", "data.limit=40", "eval.every=null", "batch.size=4", "stack.hypertuning.emit=lora"]

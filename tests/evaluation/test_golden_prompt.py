@@ -51,6 +51,7 @@ def test_what_a_difference_of_the_logits_explains() -> None:
     assert Golden(**kept).bound == 5e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("to", ["merged", "peft", "gguf", "vllm-lora"])
 def test_an_export_is_verified_without_its_run(tmp_path: Path, to: str, dtype: str) -> None:

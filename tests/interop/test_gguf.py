@@ -359,6 +359,7 @@ def test_the_embedded_template_is_translated() -> None:
     assert template is not None and turns_of(template) is not None
 
 
+@pytest.mark.slow
 def test_verify_compares_the_file_with_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_run(tmp_path / "run", "tiny", Lora(name="lora", target="attn.q"))
     folder = export_gguf(tmp_path / "run", dtype="float32").path

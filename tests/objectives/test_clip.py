@@ -177,6 +177,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     assert torch.equal(other.task_head[HEAD].projection, model.task_head[HEAD].projection)  # type: ignore[union-attr, index]
 
 
+@pytest.mark.slow
 def test_pictures_are_found_by_their_texts_after_sixty_steps(tmp_path: Any) -> None:
     """The right one of 120 embedded pictures or texts is among the first ten: 0.08 by chance."""
     train_recipe(tmp_path / "run", "clip", "steps=60", "batch.size=32", "eval.test=false", "objective.temperature=0.2")

@@ -276,6 +276,7 @@ def test_no_targets_are_nothing() -> None:
     assert float(loss.total.detach()) == 0.0 and loss.total.requires_grad
 
 
+@pytest.mark.slow
 def test_a_server_and_a_folder_with_the_same_weights_teach_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole runs; what is stored is read by `eval` and by a second run, without the teacher."""
     from transformers import AutoModelForCausalLM

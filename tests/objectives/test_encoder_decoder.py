@@ -154,6 +154,7 @@ TRAIN: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "family"),
     [

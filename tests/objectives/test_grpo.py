@@ -239,6 +239,7 @@ def test_a_run_stopped_inside_a_rollout_goes_on_bit_for_bit(tmp_path: Path) -> N
     assert {"prompt", "answer", "score"} <= events(tmp_path / "whole", "sample")[0].keys()
 
 
+@pytest.mark.slow
 def test_a_run_that_samples_in_tensors_of_fixed_shape_is_the_same(tmp_path: Path) -> None:
     """Two rollouts: the second one is sampled from weights that the first one changed."""
     for way in ("continuous", "static"):

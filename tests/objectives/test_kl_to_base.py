@@ -160,6 +160,7 @@ def metrics_of(folder: Path) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_is_held_to_its_start_forgets_less_and_resumes_to_the_bit(tmp_path: Path) -> None:
     words = [*SHORT, "optim.lr=1e-3", "eval.load_best=false", general(tmp_path)]
     resumes_to_the_bit(tmp_path, "kl_to_base", [*words, "objective.kl_to_base=1"], 5)

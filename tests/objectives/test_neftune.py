@@ -112,6 +112,7 @@ def test_without_alpha_nothing_is_added() -> None:
 STEPS = ["data.max_length=128", "steps=3", "batch.size=4", "schedule=constant", "eval.batches=2", "objective.neftune_alpha=10"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["", "lora", "prompt_tuning"])
 def test_evaluations_are_without_noise_and_a_resume_continues_it(stack: str, tmp_path: Path) -> None:
     words = [*STEPS, *([f"stack=[{stack}]"] if stack else [])]

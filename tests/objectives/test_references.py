@@ -185,6 +185,7 @@ def test_the_policys_own_folder_is_the_policy(tmp_path: Path) -> None:
     assert events(tmp_path / "run")[0]["loss"] == pytest.approx(LOG2, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo_lora", pytest.param("kto", marks=pytest.mark.slow)])
 def test_the_other_model_is_gone_before_the_policy_is_opened_and_asked_once(
     recipe: str, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +252,7 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
 # --- evaluation of a finished run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["initial", "base"])
 def test_a_finished_run_is_evaluated_against_its_reference(which: str, tmp_path: Path) -> None:
     """On top of an SFT run: the margins are those of the run's own last evaluation, not zero."""

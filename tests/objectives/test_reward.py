@@ -181,6 +181,7 @@ def test_scores_without_a_head_or_a_token_are_refused() -> None:
 SMALL = ["steps=2", "batch.size=4", "eval.batches=1", "data.max_length=64"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["reward_lora", "reward"])
 def test_a_finished_run_gives_the_scores_it_was_left_with(recipe: str, tmp_path: Path) -> None:
     """Bit for bit, with gain and bias, from the adapter's delta and from a whole model's folder."""

@@ -276,6 +276,7 @@ def test_a_survey_shows_what_has_run_and_leaves_the_rest_empty(
     assert {r["method"]: r["seeds"] for r in whole} == {"ia3": [0], "bitfit": [0]}
 
 
+@pytest.mark.slow
 def test_every_method_has_a_row_of_memory_at_one_task_and_one_budget() -> None:
     stages = [s for n, s in stages_of("memory_leaderboard").items() if n.startswith("method-")]
     known = {n for n in registry.names("stack") if registry.spec("stack", n).family != "alignment"}

@@ -17,6 +17,7 @@ from llmrecipe.recipe.pipeline_plan import plan
 PIPELINES = ("dae_sft", "mmlm_caption", "mmlm_vqa", "nsp_qa")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", PIPELINES)
 def test_fresh_weights_are_drawn_as_those_that_were_pretrained(recipe: str) -> None:
     models = {s.name: s.mapping["model"] for s in plan(compose(recipe)).stages if not s.stage.step}
@@ -63,6 +64,7 @@ def test_every_objective_of_texts_is_on_the_board_with_one_budget() -> None:
             assert {**control, "data": {**control["data"], "control": {}}} == own and control["data"]["control"]
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_the_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
     """An encoder and a decoder, each compared with fresh weights of its own kind."""
     monkeypatch.chdir(tmp_path)

@@ -85,6 +85,7 @@ def test_a_stage_that_stopped_before_a_checkpoint_begins_again(two: str, started
     assert [e["step"] for e in events(folder)] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "error", "told"),
     [

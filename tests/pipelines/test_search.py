@@ -358,6 +358,7 @@ def crowd(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Crowd:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", pytest.param("tpe", marks=pytest.mark.slow)])
 def test_trials_that_run_at_once_are_those_of_a_search_that_was_stopped(crowd: Crowd, sampler: str) -> None:
     words = ["search.parallel=3", "search.trials=7", f"search.sampler={sampler}"]
@@ -377,6 +378,7 @@ def test_trials_that_run_at_once_are_those_of_a_search_that_was_stopped(crowd: C
         searched("run.dir=stopped", *words, "search.parallel=2")
 
 
+@pytest.mark.slow
 def test_a_round_knows_earlier_rounds_and_not_its_own(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
     """TPE follows results from its eleventh trial on: those of a trial change what comes after its round, not its round."""
     words = ["search.parallel=4", "search.trials=20", "search.sampler=tpe"]

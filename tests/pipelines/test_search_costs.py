@@ -102,6 +102,7 @@ def test_nothing_within_the_limits_is_said(lab: Costly) -> None:
         found.best(trials)
 
 
+@pytest.mark.slow
 def test_a_stepwise_search_fixes_one_key_after_the_other(lab: Costly, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best single trial of the first key is at rank 2, whose mean is worse; the second key is decided at rank 4 alone."""
     table = {(2, 0.001): 0.0, (2, 0.01): 9.0, (4, 0.001): 2.0, (4, 0.01): 1.0, (8, 0.001): 8.0, (8, 0.01): 8.0}
@@ -120,6 +121,7 @@ def test_a_stepwise_search_fixes_one_key_after_the_other(lab: Costly, monkeypatc
     assert [(t.point, t.values) for t in again] == [(t.point, t.values) for t in trials]
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_to_the_same_trials_and_runs_nothing_twice(lab: Costly) -> None:
     start = "search.start=[{stack.lora.r: 3, optim.lr: 0.002}]"
     _, whole = searched("run.dir=whole", "search.trials=6", start)
@@ -133,6 +135,7 @@ def test_a_stopped_search_goes_on_to_the_same_trials_and_runs_nothing_twice(lab:
     assert len(lab.runs) == 6
 
 
+@pytest.mark.slow
 def test_nsga2_breeds_its_second_generation_from_the_first_also_after_a_stop(
     lab: Costly, monkeypatch: pytest.MonkeyPatch
 ) -> None:

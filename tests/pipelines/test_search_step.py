@@ -49,6 +49,7 @@ def test_it_leaves_the_run_of_the_best_trial(lab: Lab) -> None:
     assert (moved / "best" / "recipe.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_the_seed_of_the_stage_is_that_of_its_trials(lab: Lab) -> None:
     searched("run.dir=found", "seed=7")
     assert [p.composition.recipe.seed for p in lab.runs] == [7] * 5  # type: ignore[union-attr]

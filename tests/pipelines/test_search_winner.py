@@ -52,6 +52,7 @@ def recipes(lab: Lab) -> list[Any]:
     return [run.composition.recipe for run in lab.runs]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scaling", "rates"),
     [("off", [1e-3, 1e-3, 1e-3]), ("sqrt", [0.5e-3, 1e-3, 2e-3]), ("linear", [0.25e-3, 1e-3, 4e-3])],
@@ -84,6 +85,7 @@ def test_a_journal_without_the_new_keys_goes_on(lab: Lab) -> None:
         searched(GRID, "search.lr_scaling=sqrt")
 
 
+@pytest.mark.slow
 def test_the_best_point_is_trained_on_both_splits_and_scored_once(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     """Trials leave the test split alone; a stopped last training goes on; the same command trains nothing again."""
     lab.stop_at = 3
@@ -106,6 +108,7 @@ def test_the_best_point_is_trained_on_both_splits_and_scored_once(lab: Lab, caps
     assert printed["final"] == {"dir": found.final.dir, "test": {"test/loss": 1.5}, "looks": 1}
 
 
+@pytest.mark.slow
 def test_passes_are_shortened_and_a_second_winner_is_a_second_look(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     space = "search={space: {batch.size: [8, 32]}, sampler: random, start: [{batch.size: 32}, {batch.size: 8}], final: true}"
     search("mine", [space, "search.trials=1", "steps=null", "epochs=2"])

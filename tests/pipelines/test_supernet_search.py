@@ -115,6 +115,7 @@ def supernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_stopped_search_scores_nothing_again_and_leaves_a_plain_recipe(
     supernet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

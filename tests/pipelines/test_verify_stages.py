@@ -59,6 +59,7 @@ def test_every_training_is_verified_on_the_results_before_it(pipeline: str, caps
     assert [p.name for p in Path.cwd().iterdir()] == [pipeline]
 
 
+@pytest.mark.slow
 def test_a_rate_makes_no_other_training_and_what_nothing_reads_is_not_run(
     pipeline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_adapter_folders_on_a_base_are_counted(tmp_path: Path) -> None:
     assert mounted.groups == bare.groups, "what is mounted does not train"
 
 
+@pytest.mark.slow
 def test_a_teacher_counts_unless_its_tokens_are_stored_before_or_a_server_has_it() -> None:
     tiny = round(auxiliary_bytes([TINY], "cpu")[0] / 2**20, 1)
     assert tiny > 1

@@ -162,6 +162,7 @@ def test_rows_that_training_has_too_are_reported(tmp_path: Path) -> None:
     assert [e["general/own/overlap"] for e in events(tmp_path / "run", "check") if "general/own/overlap" in e] == [2]
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_step_and_a_resumed_run_has_the_same_scores(tmp_path: Path) -> None:
     measured = words(tmp_path)
     resumes_to_the_bit(tmp_path / "measured", "sft", measured, 1)

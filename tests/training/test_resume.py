@@ -47,6 +47,7 @@ def test_stopping_at_any_step_changes_nothing(name: str, step: int, tmp_path: Pa
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+@pytest.mark.slow
 def test_dpo_keeps_its_reference_over_a_stop(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     short = ["steps=6", "batch.size=4", "data.limit=10"]
@@ -57,6 +58,7 @@ def test_dpo_keeps_its_reference_over_a_stop(tmp_path: Path) -> None:
         assert curve(parts / recipe) == curve(whole / recipe)
 
 
+@pytest.mark.slow
 def test_two_interruptions_are_as_good_as_none(tmp_path: Path) -> None:
     train_recipe(tmp_path / "whole", "sft_lora", *SHORT)
     stop_after(3, tmp_path / "parts", "sft_lora", *SHORT, "save.every=2")

@@ -73,6 +73,7 @@ def test_the_table_ends_where_more_devices_save_nothing() -> None:
     assert [row["devices"] for row in shard_table(large, model)] == [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_a_copy_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding_rules, "refusal", lambda *_: None)
     words = ["runtime=zero3", "data.limit=8", "data.cache=false"]

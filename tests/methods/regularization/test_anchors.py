@@ -185,6 +185,7 @@ def lost(folder: Path) -> float:
     return float(json.loads((folder / "final" / "metrics.json").read_text(encoding="utf-8"))["forget/own"])
 
 
+@pytest.mark.slow
 def test_the_penalty_is_in_the_update_and_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
     words = [*SHORT, *FEW, "steps=2", "optim.lr=3e-3", "eval.forgetting={}"]
     resumes_to_the_bit(tmp_path / "ewc", "ewc", [*words, "stack.ewc.strength=1e5"], 1)

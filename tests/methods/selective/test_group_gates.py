@@ -138,6 +138,7 @@ def test_checkpointing_sees_the_same_gates_and_evaluation_sees_none_drawn():
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensor", "row", "column", "head", "neuron"])
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
 def test_phases_take_the_groups_of_the_largest_difference_and_freeze_the_rest(kind: str, normalize: str):

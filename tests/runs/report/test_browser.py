@@ -114,7 +114,15 @@ def chromium() -> Iterator[Any]:
         started.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark"), (1200, "dark"), (400, "light")])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1200, "light"),
+        (400, "dark"),
+        pytest.param(1200, "dark", marks=pytest.mark.slow),
+        pytest.param(400, "light", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", PAGES)
 def test_axe_finds_nothing(kind: str, scheme: str, width: int, chromium: Any, tmp_path: Path) -> None:
     """Contrast, names, roles, order of headings; no message of the console; no page that is wider than its window."""
