@@ -39,7 +39,8 @@ def report_card(run: Path) -> str:
         after = score.best or score.last
         headline = f"{found.headline_name} {score.before + ' → ' if score.before else ''}{after}"
         headline += f", {found.verdict}" if found.verdict else ""
-        headline += f", test {score.test}" if score.test else ""
+        # Its interval stands in the legend: one line holds no more.
+        headline += f", test {score.test.partition(' [')[0]}" if score.test else ""
     drawn, known = chart(curve) if curve is not None else None, dict(found.facts)
     facts = [(name, shortened(known[name], LONGEST)) for name in FACTS if name in known]
     name = str((report.get("recipe") or {}).get("name") or record.name)
