@@ -12,6 +12,20 @@ from typing import Any
 
 
 @contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on loopback that a handler answers for, and its address."""
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}"
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
+
+
+@contextmanager
 def server(*replies: tuple[Any, ...]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A server that gives the replies in turn, the last one for ever, and keeps what it was asked.
 
@@ -42,12 +56,5 @@ def server(*replies: tuple[Any, ...]) -> Iterator[tuple[str, list[dict[str, Any]
         def log_message(self, *_: Any) -> None:
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}/score", asked
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
-        thread.join()
+    with answering(Handler) as address:
+        yield f"{address}/score", asked

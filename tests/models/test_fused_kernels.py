@@ -65,13 +65,18 @@ def stand_ins() -> dict[str, Kernel]:
     return {"silu": gated(F.silu), "gelu": gated(functools.partial(F.gelu, approximate="tanh")), "rotary": rotary}
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
-    """Stand-ins that a test may replace; names of those that were called are under `called`."""
+def use_stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
+    """Have every model find stand-ins in place of the library's kernels."""
     found = stand_ins()
     monkeypatch.setattr(fused_kernels, "kernels_lacking", lambda device: None)
     monkeypatch.setattr(fused_kernels, "load_kernels", lambda: found)
     return found
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
+    """Stand-ins that a test may replace; names of those that were called are under `called`."""
+    return use_stand_ins(monkeypatch)
 
 
 def count(kernels: dict[str, Kernel]) -> dict[str, int]:

@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.open_model import LoadedModel
 from tests.objectives.rollouts import REWARD, ROWS, Numbers, setting, updates
+from tests.servers import answering
 from tests.tiny import tiny_model
 from tests.trainings import events, train_recipe
 
@@ -42,7 +43,6 @@ class StandIn:
         """Factor of its logits; another than 1 is another model."""
         self.forbidden = False
         self.short = False
-        self.refuses_lists = False
 
     def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         with self.lock:
@@ -106,22 +106,15 @@ def serving(base: Any) -> Iterator[tuple[str, StandIn]]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}/v1", state
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
-        thread.join()
+    with answering(Handler) as address:
+        yield f"{address}/v1", state
 
 
 @contextmanager
-def trained_by(objective_options: dict[str, Any], base: Any = None) -> Iterator[tuple[Grpo, Any, StandIn]]:
+def trained_by(objective_options: dict[str, Any]) -> Iterator[tuple[Grpo, Any, StandIn]]:
     """An objective whose answers a stand-in samples, on a policy with a filled adapter."""
     torch.manual_seed(0)
-    with serving(tiny_model() if base is None else base) as (address, state):
+    with serving(tiny_model()) as (address, state):
         objective = Grpo(reward=REWARD, answers=2, max_new_tokens=6, sampler=address, **objective_options)
         roles = setting(objective)
         loaded = LoadedModel(roles.model, Numbers(), ModelSection(path="tiny"))

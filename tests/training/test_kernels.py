@@ -18,7 +18,7 @@ from llmrecipe.models import fused_kernels
 from llmrecipe.models.fused_kernels import Kernel
 from llmrecipe.recipe.compose import compose
 from llmrecipe.recipe.profile_keys import profile_for, profile_line
-from tests.models.test_fused_kernels import count, stand_ins, wrong
+from tests.models.test_fused_kernels import count, use_stand_ins, wrong
 from tests.trainings import curve, events, resume, stop_after, train_recipe
 
 SMALL = ["steps=4", "batch.size=4", "data.limit=16", "eval.at_start=false", "eval.batches=1", "eval.test=false", "save.every=2"]
@@ -28,10 +28,7 @@ LINE = "kernels: 4 rotary embeddings and 4 gated activations by liger-kernel"
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
     """Stand-ins, as `tests.models.test_fused_kernels` has them."""
-    found = stand_ins()
-    monkeypatch.setattr(fused_kernels, "kernels_lacking", lambda device: None)
-    monkeypatch.setattr(fused_kernels, "load_kernels", lambda: found)
-    return found
+    return use_stand_ins(monkeypatch)
 
 
 def decided(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.methods._base.late_values import Largest
+from llmrecipe.objectives.alignment._engines.kl import kl_estimate
 
 if TYPE_CHECKING:
     from llmrecipe.engine.role_models import Roles
@@ -29,14 +30,14 @@ VISIBLE = 0.1
 def sampler_metrics(batch: Batch) -> dict[str, tuple[Any, float]]:
     """Return the difference of log-probabilities, its largest size, and KL(mu || pi_old), as (sum, count) over N tokens.
 
-    KL is estimated by r - 1 - log r, r = pi_old / mu.
+    KL is estimated by k3 (see `kl`), r - 1 - log r, r = pi_old / mu.
     """
     log_ratio = _log_ratio(batch)
     size, count = log_ratio.abs(), float(log_ratio.numel())
     return {
         "sampler/logprob_diff": (size.sum(), count),
         "sampler/logprob_diff_max": Largest(size.max() if count else 0.0, count),
-        "sampler/kl": ((log_ratio.expm1() - log_ratio).sum(), count),
+        "sampler/kl": (kl_estimate(batch.extra[KEY], batch.extra["old"], "k3").sum(), count),
     }
 
 
