@@ -42,7 +42,8 @@ class Linear4bit(bnb.nn.Linear4bit):
         else:
             dtype = out = x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return bnb.matmul_4bit(x.to(dtype), self.weight, bias=bias, quant_state=state).to(out)
+        # Turned over, as every version of the library takes the codes: before 0.50 it read others as the transposed weight.
+        return bnb.matmul_4bit(x.to(dtype), self.weight.t(), bias=bias, quant_state=state).to(out)
 
 
 class Linear8bit(bnb.nn.Linear8bitLt):

@@ -93,6 +93,23 @@ def test_the_wrapper_stores_the_reference_weight() -> None:
     assert torch.equal(dense_weight(model.model.layers[0].mlp.up_proj), expected)
 
 
+def test_a_layer_multiplies_by_its_weight_and_hands_its_codes_over_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library read (codes, 1) as a transposed weight before 0.50, which a square layer does not show by its shape."""
+    model, seen = tiny_llama(), []
+    Nf4(name="nf4").attach(model)
+    product = bnb.matmul_4bit
+
+    def noted(x: Tensor, codes: Tensor, **options: object) -> Tensor:
+        seen.append(tuple(codes.shape))
+        return product(x, codes, **options)
+
+    monkeypatch.setattr(bnb, "matmul_4bit", noted)
+    for layer in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.up_proj):
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(layer(x), x @ dense_weight(layer).T, rtol=1e-5, atol=1e-5)
+    assert seen == [(1, 64 * 64 // 2), (1, 64 * 128 // 2)]
+
+
 def test_nf4_beats_fp4_beats_int4_on_normal_weights() -> None:
     torch.manual_seed(2)
     w = torch.randn(256, 256)
