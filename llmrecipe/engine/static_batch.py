@@ -82,7 +82,8 @@ class StaticBatch(RunningBatch):
         super().__init__(model, tokenizer, sampling, picker, ends, context)
         self.size = min(sampling.batch, len(requests))
         self.capacity = columns_for(requests, sampling.max_new_tokens, self.size)
-        self.compute: Compute = self._pass
+        self.compute: Compute | None = None
+        """What replays a step, once it is captured; not the step itself, as a batch that held itself would keep its cache."""
         self.capture, self.virtual, self.has_tasks = capture, 0, requests[0].task is not None
         self.inputs = torch.zeros(len(INPUTS), self.size, dtype=torch.long, device=self.device)
         self.at = torch.arange(self.capacity, device=self.device)
@@ -110,8 +111,9 @@ class StaticBatch(RunningBatch):
         if self.columns == self.capacity:
             self._move(-min(row.start for row in self.rows))
         if self.capture is not None:
-            self.compute, self.capture = self.capture(self._pass), None
-        logits = self.compute()[self.places]
+            made, self.capture = self.capture(self._pass), None
+            self.compute = None if made == self._pass else made
+        logits = (self._pass() if self.compute is None else self.compute())[self.places]
         self.columns += 1
         self.cache.advance()
         answers, at = [row.request.index for row in self.rows], [len(row.new) for row in self.rows]

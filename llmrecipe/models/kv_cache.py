@@ -16,6 +16,7 @@ passes belongs into `carried(cache)`: it is reordered with the rows.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
@@ -161,11 +162,13 @@ def carried(cache: RowCache) -> Carried:
     """Return what methods store for each row of a cache; it is reordered with the rows."""
     if "carried" not in cache.__dict__:
         cache.carried = {}
-        inner = cache.reorder_cache
+        # A cache that held itself would keep its memory until Python looks for cycles, which no allocator of a device asks for.
+        place = weakref.ref(cache)
 
         def reorder(rows: Tensor) -> None:
-            inner(rows)
-            for own in cache.carried.values():
+            whole: Any = place()
+            type(whole).reorder_cache(whole, rows)
+            for own in whole.carried.values():
                 for key, value in own.items():
                     own[key] = value.index_select(0, rows.to(value.device))
 

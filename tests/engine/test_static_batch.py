@@ -4,6 +4,8 @@ that can be recorded."""
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -300,6 +302,36 @@ def test_a_capture_that_fails_later_goes_on_without(
     named("graphs")
     with pytest.raises(ModelError, match="a step cannot be captured"):
         generate(model, Tokenizer(), PROMPTS, Sampling(6, batch=3))
+
+
+@pytest.mark.parametrize("way", ["continuous", "static", "graphs", "graphs that fail"])
+def test_a_cache_is_freed_with_its_call(way: str, capture: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By reference counts alone: a device that is full does not look for cycles of Python's objects."""
+    model = ending(model_of("llama"))
+    decided(way.partition(" ")[0])
+    generate(model, Tokenizer(), PROMPTS, Sampling(12, batch=3))
+    if way == "graphs that fail":
+        monkeypatch.setattr(decoders, "captured", failing)
+    made: list[weakref.ref[Any]] = []
+    fresh, fixed = kv_cache.fresh, kv_cache.FixedCache.__init__
+
+    def noted_fresh(model: nn.Module) -> Any:
+        made.append(weakref.ref(cache := fresh(model)))
+        return cache
+
+    def noted_fixed(self: Any, *args: Any) -> None:
+        made.append(weakref.ref(self))
+        fixed(self, *args)
+
+    monkeypatch.setattr(kv_cache, "fresh", noted_fresh)
+    monkeypatch.setattr(kv_cache.FixedCache, "__init__", noted_fixed)
+    gc.collect()
+    gc.disable()
+    try:
+        generate(model, Tokenizer(), PROMPTS, Sampling(12, batch=3))
+        assert len(made) > 3 and not any(cache() is not None for cache in made)
+    finally:
+        gc.enable()
 
 
 # --- which way --------------------------------------------------------------------------------------------------------
