@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from llmrecipe.core.errors import UserError
-from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Sampling
 from llmrecipe.objectives.alignment._engines import rollout
 from llmrecipe.recipe.compose import compose
@@ -30,14 +30,18 @@ SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "steps=2", "save.ever
 """Ten rows in batches of eight: the second step has two rows, one a process; a checkpoint after the first."""
 
 
-def same_answers(model: Any, tokenizer: Any, prompts: list[list[int]], how: Sampling, **_: Any) -> list[list[int]]:
-    """Answers whose random stream belongs to the prompt and its turn, so that any number of processes draws the same ones."""
-    turns: dict[tuple[int, ...], int] = {}
-    keys = []
-    for prompt in prompts:
-        turn = turns[tuple(prompt)] = turns.get(tuple(prompt), 0) + 1
-        keys.append(f"{prompt}/{turn}")
-    return generate(model, tokenizer, prompts, dataclasses.replace(how, seed=0), keys=keys)
+def same_answers(made: Callable[..., Any]) -> Callable[..., Any]:
+    """A way to sample whose random stream belongs to the prompt and its turn: any number of processes draws the same answers."""
+
+    def sampled(model: Any, tokenizer: Any, prompts: list[list[int]], how: Sampling, **_: Any) -> Any:
+        turns: dict[tuple[int, ...], int] = {}
+        keys = []
+        for prompt in prompts:
+            turn = turns[tuple(prompt)] = turns.get(tuple(prompt), 0) + 1
+            keys.append(f"{prompt}/{turn}")
+        return made(model, tokenizer, prompts, dataclasses.replace(how, seed=0), keys=keys)
+
+    return sampled
 
 
 def one(folder: Path, words: list[str], rank: int, world: int) -> dict[str, Any]:
@@ -58,7 +62,8 @@ def main() -> None:
     """Every case in turn, on every process."""
     # One group for all runs: the launcher's store knows a group's keys from the first time it was formed.
     dist.destroy_process_group = lambda *_: None
-    rollout.generate = same_answers
+    for name in ("generate", "generate_scored"):
+        setattr(rollout, name, same_answers(getattr(rollout, name)))
     cases, folder = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     for name, words in cases.items():
