@@ -110,9 +110,9 @@ def _run(arguments: list[str]) -> int:
             result = build_app()(args=arguments, standalone_mode=False, prog_name="llmrecipe")
         return result if isinstance(result, int) else 0
     except UserError as error:
-        # All processes of one run hit the same user error; one of them reports it.
-        if os.environ.get("RANK", "0") == "0":
-            complain(str(error))
+        # All processes of one run hit the same user error, and one of them reports it; or one hits it alone.
+        if error.process or os.environ.get("RANK", "0") == "0":
+            complain(f"{error.process}: {error}" if error.process else str(error))
         return error.exit_code
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":

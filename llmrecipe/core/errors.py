@@ -20,6 +20,8 @@ class LlmRecipeError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = 1
+    process: str = ""
+    """Which process of several met it, where the others did not."""
 
 
 class UserError(LlmRecipeError):

@@ -35,6 +35,7 @@ from llmrecipe.runs import open_model
 from llmrecipe.runs.events import Events
 from llmrecipe.runs.run_dir import RunDir
 from llmrecipe.runtime.accelerate_environment import check_environment
+from llmrecipe.runtime.peer_errors import reported
 from llmrecipe.runtime.processes import Runtime
 from llmrecipe.training import resume_rules
 from llmrecipe.training.best import BestTracker
@@ -59,13 +60,16 @@ def abandoned(directory: RunDir | None, runtime: Runtime | None, resume: Path | 
     try:
         yield
     except BaseException as error:
+        met = reported(error, runtime.rank, runtime.world) if runtime is not None and isinstance(error, Exception) else error
         if directory is not None:
             if resume is None:
-                directory.status("failed", error=str(error) or type(error).__name__, step=0)
+                directory.status("failed", error=str(met) or type(met).__name__, step=0)
             directory.unlock()
         if runtime is not None:
             runtime.close()
-        raise
+        if met is error:
+            raise
+        raise met from error
 
 
 @open_model.shared_tokenizers()

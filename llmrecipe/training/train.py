@@ -15,6 +15,7 @@ from llmrecipe.recipe.compose import Composition
 from llmrecipe.recipe.pipeline_plan import refuse_stages
 from llmrecipe.runtime.caller_state import kept_for_caller, one_training
 from llmrecipe.runtime.kept_memory import kept_memory
+from llmrecipe.runtime.peer_errors import reported
 from llmrecipe.training import forgetting, step_zero_checks
 from llmrecipe.training.loop import train_loop as loop
 from llmrecipe.training.model_flops import model_flops
@@ -54,12 +55,13 @@ def train(composition: Composition, resume: str | Path | None = None) -> Run:
     except (Interrupted, KeyboardInterrupt):
         run.dir.status("interrupted", step=run.progress.step)
         raise
-    except LlmRecipeError as error:
-        run.dir.status("failed", error=str(error), step=run.progress.step)
-        raise
     except Exception as error:
-        run.dir.status("failed", error=f"{type(error).__name__}: {error}", step=run.progress.step)
-        raise
+        met = reported(error, run.runtime.rank, run.runtime.world)
+        text = str(met) if isinstance(met, LlmRecipeError) else f"{type(met).__name__}: {met}"
+        run.dir.status("failed", error=text, step=run.progress.step)
+        if met is error:
+            raise
+        raise met from error
     else:
         run.dir.tidy()
     finally:

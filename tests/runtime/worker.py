@@ -31,7 +31,7 @@ SHORT = ["batch.size=8", "batch.micro=2", "data.limit=10", "steps=2", "save.ever
 
 
 def same_answers(made: Callable[..., Any]) -> Callable[..., Any]:
-    """A way to sample whose random stream belongs to the prompt and its turn: any number of processes draws the same answers."""
+    """A way to sample whose random stream belongs to the prompt and its turn, the same on any number of processes."""
 
     def sampled(model: Any, tokenizer: Any, prompts: list[list[int]], how: Sampling, **_: Any) -> Any:
         turns: dict[tuple[int, ...], int] = {}
