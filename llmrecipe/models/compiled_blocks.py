@@ -24,13 +24,11 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.models.hooks import between_graphs
 from llmrecipe.models.hooks.hook import first_tensor, recording
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.recompiled import KINDS, recompiled
 from llmrecipe.models.resolve_class import first_line
 
 SETTLED = 4
 """Steps after which no graph should be new; the first one runs uncompiled where its hooks are counted."""
-KINDS = 64
-"""Graphs of one piece of code, over kinds of blocks, roles and shapes; after that many it runs uncompiled."""
-
 AT_ONCE: dict[str, Any] = {
     name: True for name in ("force_non_lazy_backward_lowering",) if hasattr(torch._functorch.config, name)
 }
@@ -60,7 +58,7 @@ class CompiledBlocks:
             self.graphs += 1
             return made
 
-        self._traced = functools.partial(torch.compile, dynamic=True, backend=counted, recompile_limit=KINDS)
+        self._traced = functools.partial(recompiled, dynamic=True, backend=counted)
         self._computed = self._traced(_computed)
         # A number such as alpha / r is the same in every step; traced as one that may change, it makes each graph twice.
         torch._dynamo.config.specialize_float = True

@@ -32,6 +32,7 @@ from llmrecipe.core.device_profile import profile_of
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.forward_context import Layout
 from llmrecipe.core.lazy import is_installed, load_module
+from llmrecipe.data.transfer import to_device
 from llmrecipe.models.attention_calls import Prefix, attend_one, is_causal_in, repeat_heads, segment_mask, with_prefix
 from llmrecipe.models.packed_call import Call
 from llmrecipe.models.packed_flex import attend_flex, flex_lacking, flex_refusal
@@ -189,13 +190,13 @@ def ragged(layout: Layout, prefixes: tuple[Prefix, ...], device: torch.device) -
         queries = [s.length for s in layout.segments]
         keys = [len(c) for c in columns]
         plain = not before and queries == keys
-        index = None if plain else torch.tensor([c for part in columns for c in part]).to(device)
+        index = None if plain else to_device(torch.tensor([c for part in columns for c in part]), device)
         layout.cache[key] = Ragged(_starts(queries, device), _starts(keys, device), max(queries), max(keys), index)
     return layout.cache[key]
 
 
 def _starts(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    return to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
 
 
 def _ragged_refusal(route: str, call: Call) -> str | None:
@@ -239,10 +240,13 @@ def _varlen_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor, at: Ragged, wind
 def _flash_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor, at: Ragged, window: tuple[int, int]) -> Tensor:
     newer: Any = None if call.dropout else _flash_3(q.device)
     function: Any = newer or _flash()
-    dropout = {} if newer else {"dropout_p": call.dropout}
+    more: dict[str, Any] = {} if newer else {"dropout_p": call.dropout}
+    if "deterministic" in inspect.signature(function).parameters:
+        # The package does not know torch's own switch.
+        more["deterministic"] = torch.are_deterministic_algorithms_enabled()
     out = function(
         q, k, v, at.q_starts, at.k_starts, at.q_longest, at.k_longest, softmax_scale=call.scale, causal=call.causal,
-        window_size=window, softcap=call.softcap or 0.0, **dropout,
+        window_size=window, softcap=call.softcap or 0.0, **more,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
 

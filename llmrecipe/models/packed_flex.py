@@ -18,11 +18,16 @@ from torch import Tensor
 
 from llmrecipe.core.forward_context import Layout
 from llmrecipe.core.lazy import load_module
+from llmrecipe.data.transfer import to_device
 from llmrecipe.models.attention_calls import Prefix, in_reach
 from llmrecipe.models.packed_call import Call
+from llmrecipe.models.recompiled import recompiled
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+LEAST_HEAD_SIZE = 16
+"""Of its kernels of a GPU, which multiply tiles."""
 
 
 def _flex_module() -> ModuleType:
@@ -43,6 +48,8 @@ def flex_refusal(call: Call) -> str | None:
         return "has no dropout of attention"
     if call.q.dtype == torch.float64 and call.q.device.type == "cuda":
         return "computes in float32 or less"
+    if call.q.device.type == "cuda" and (least := min(call.q.shape[-1], call.v.shape[-1])) < LEAST_HEAD_SIZE:
+        return f"takes heads of {LEAST_HEAD_SIZE} or more (here {least})"
     if call.q.device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
         return flex_lacking(call.q.device)
     return None
@@ -65,8 +72,9 @@ def segment_rule(
         parent += [above] * segment.length
         offset += [0 if segment.parent is None else layout.segments[above].length] * segment.length
     before = len(of_prefix)
-    host = torch.tensor([[*of_prefix, *owner], [0] * before + place, [0] * before + parent, [0] * before + offset])
-    owners, places, parents, offsets = host.to(device).unbind(0)
+    columns = [[*of_prefix, *owner], [0] * before + place, [0] * before + parent, [0] * before + offset]
+    # A block mask is made from numbers of all T x C pairs, so they are narrow.
+    owners, places, parents, offsets = to_device(torch.tensor(columns, dtype=torch.int32), device).unbind(0)
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         q = q + before
@@ -87,7 +95,7 @@ def block_mask(call: Call) -> BlockMask:
         rule = segment_rule(layout, call.prefixes, call.causal, call.window, device)
         tokens = call.q.shape[2]
         columns = tokens + sum(count * size for count, size in sizes)
-        layout.cache[key] = _flex_module().create_block_mask(rule, None, None, tokens, columns, device=device.type)
+        layout.cache[key] = _flex_module().create_block_mask(rule, None, None, tokens, columns, device=device)
     return layout.cache[key]
 
 
@@ -125,4 +133,5 @@ def attend_flex(call: Call) -> Tensor:
 def _flex_function(device: str) -> Callable[..., Any]:
     """Return FlexAttention, compiled where there is a kernel: as it stands it writes out all T x C scores."""
     function: Callable[..., Any] = _flex_module().flex_attention
-    return torch.compile(function) if device == "cuda" else function
+    # With and without gradients, windows, one block and several, each first for shapes that stay: more than torch allows.
+    return recompiled(function) if device == "cuda" else function

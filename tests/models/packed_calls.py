@@ -57,8 +57,10 @@ def call_of(
     bias: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float64,
+    size: int = 8,
 ) -> Call:
-    """A call with random tensors of four query heads of size 8."""
+    """A call with random tensors of four query heads; `value` is a size of values beside keys of 8."""
+    value = value * size // 8
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -66,11 +68,11 @@ def call_of(
 
     layout = layout_of(segments)
     made = tuple(
-        Prefix(random(n, groups, size, 8), random(n, groups, size, value), random(size) if bias and size == 2 else None)
-        for n, size in prefixes
+        Prefix(random(n, groups, own, size), random(n, groups, own, value), random(own) if bias and own == 2 else None)
+        for n, own in prefixes
     )
     tokens = layout.columns
-    q, k, v = random(1, 4, tokens, 8), random(1, groups, tokens, 8), random(1, groups, tokens, value)
+    q, k, v = random(1, 4, tokens, size), random(1, groups, tokens, size), random(1, groups, tokens, value)
     return Call(layout, q, k, v, made, causal, window, softcap, random(4) if sinks else None, scale, 0.0)
 
 
@@ -111,9 +113,10 @@ def varlen(
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *more: Any, dropout_p: float, softmax_scale: float | None, causal: bool,
-          window_size: tuple[int, int], softcap: float) -> tuple[Tensor, None]:  # fmt: skip
-    """The same by the signature of the flash-attn package."""
+          window_size: tuple[int, int], softcap: float, deterministic: bool = False) -> tuple[Tensor, None]:  # fmt: skip
+    """The same by the signature of the flash-attn package, which is told whether torch wants deterministic kernels."""
     assert window_size[1] == 0 or not causal
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     return varlen(q, k, v, *more, scale=softmax_scale, window_size=window_size, enable_gqa=True, softcap=softcap), None
 
 
@@ -121,5 +124,6 @@ def flash_3(q: Tensor, k: Tensor, v: Tensor, *more: Any, softmax_scale: float | 
             window_size: tuple[int, int], softcap: float) -> Tensor:  # fmt: skip
     """The same by the signature of FlashAttention-3, which has no dropout."""
     return flash(
-        q, k, v, *more, dropout_p=0.0, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap
-    )[0]
+        q, k, v, *more, dropout_p=0.0, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )[0]  # fmt: skip

@@ -22,6 +22,7 @@ from llmrecipe.methods.additive.prefix_tuning import PrefixTuning
 from llmrecipe.methods.reparameterized.dora import Dora
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models import compiled_blocks as module
+from llmrecipe.models import recompiled
 from llmrecipe.models.checkpointing import enable_checkpointing
 from llmrecipe.models.compiled_blocks import SETTLED, CompiledBlocks, compiled_blocks
 from llmrecipe.models.hooks import between_graphs
@@ -298,7 +299,8 @@ def test_a_later_backward_pass_that_cannot_be_compiled_leaves_the_numbers_of_the
 
 @pytest.mark.slow
 def test_code_with_more_kinds_than_graphs_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KINDS", 2)
+    for place in (module, recompiled):
+        monkeypatch.setattr(place, "KINDS", 2)
     torch._logging.set_logs(dynamo=logging.ERROR)
     model = adapted(WHOLE["lora"]())
     plain = copy.deepcopy(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.models import packed_attention as routes
-from llmrecipe.models import packed_flex
+from llmrecipe.models import packed_flex, recompiled
 from llmrecipe.models.attention_calls import Prefix
 from llmrecipe.models.packed_call import Call
 from tests.models.packed_calls import CASES, call_of, flash, flash_3, layout_of, leaves, loop, varlen
+from tests.waiting import PLACE, device
 
 
 def tolerance(case: str) -> dict[str, float]:
@@ -95,6 +98,16 @@ def test_kernels_of_variable_lengths_are_asked_for_what_the_loop_computes(
         torch.testing.assert_close(gradients(call, out), gradients(call, wanted), **tolerance(case))
 
 
+def test_flash_attention_is_deterministic_where_torch_is_told_to_be() -> None:
+    """`flash` checks what it is given."""
+    at = routes.ragged((call := call_of()).layout, (), torch.device("cpu"))
+    q, k, v = (x[0].transpose(0, 1) for x in (call.q, call.k, call.v))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes, "_flash", lambda: flash)
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        routes._flash_kernel(call, q, k, v, at, (-1, 0))
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_dropout_of_attention_is_left_to_flash_attention_2(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "_flash", lambda: flash if both else None)
@@ -161,7 +174,7 @@ def test_a_cpu_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", list(CASES))
 def test_gradients_on_a_gpu_equal_those_of_the_loop(case: str, route: str) -> None:
     dtype = torch.float32 if route == "flex" else torch.bfloat16
-    call = call_of(**CASES[case], device="cuda", dtype=dtype)
+    call = call_of(**CASES[case], device="cuda", dtype=dtype, size=32)
     if (why := routes.route_refusal(route, call)) is not None:
         pytest.skip(why)
     for leaf in leaves(call):
@@ -170,6 +183,50 @@ def test_gradients_on_a_gpu_equal_those_of_the_loop(case: str, route: str) -> No
     close = {"rtol": 2e-3, "atol": 2e-3} if route == "flex" else {"rtol": 3e-2, "atol": 3e-2}
     torch.testing.assert_close(out, wanted, **close)
     torch.testing.assert_close(gradients(call, out), gradients(call, wanted), **close)
+
+
+def test_the_host_does_not_wait_for_the_places_of_documents() -> None:
+    """Copies from pageable memory would hold it up in the first layer of every micro-batch."""
+    call = call_of(**CASES["a prefix for each segment"])
+    with device() as own:
+        routes.ragged(call.layout, call.prefixes, PLACE)
+        packed_flex.segment_rule(call.layout, call.prefixes, True, 3, PLACE)
+    assert not own.waits
+
+
+@pytest.mark.parametrize(("size", "value"), [(8, 8), (16, 4)])
+def test_kernels_of_flex_attention_take_no_narrow_heads(size: int, value: int) -> None:
+    """torch says so only while it compiles one."""
+    call = dataclasses.replace(call_of(size=size, value=value), q=SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 13, size)
+    ))  # fmt: skip
+    assert packed_flex.flex_refusal(call) == "takes heads of 16 or more (here 8)"
+    wide = dataclasses.replace(call_of(size=16), q=SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 13, 16)
+    ))  # fmt: skip
+    assert packed_flex.flex_refusal(wide) is None
+
+
+def test_flex_attention_may_be_compiled_for_many_kinds_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, gradients, one block and several: behind torch's own limit it would write out all scores without a word."""
+    given: list[dict[str, Any]] = []
+
+    def compile_(function: Any, *, recompile_limit: int | None = None) -> Any:
+        given.append({"recompile_limit": recompile_limit})
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    packed_flex._flex_function.cache_clear()
+    packed_flex._flex_function("cuda")
+    packed_flex._flex_function.cache_clear()
+    assert given == [{"recompile_limit": recompiled.KINDS}] and recompiled.KINDS > 8
+
+
+def test_an_older_torch_is_given_its_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    assert recompiled.recompiled(len) is len
+    assert torch._dynamo.config.recompile_limit == recompiled.KINDS
 
 
 def test_a_layout_of_one_document_needs_no_index() -> None:

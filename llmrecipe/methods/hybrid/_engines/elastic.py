@@ -132,7 +132,7 @@ class ElasticAdapter(AtLayer, bottleneck.Behind):
         yield self.down, off[:, None]
         yield self.down_bias, off
         yield self.up, off
-        yield self.up_bias, torch.tensor(not self.k, device=off.device)
+        yield self.up_bias, torch.full((), not self.k, device=off.device)
 
 
 class ElasticPrompts(AtLayer, BlockPrompts):
