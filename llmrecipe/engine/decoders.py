@@ -98,7 +98,7 @@ def graphs(job: Decoding, requests: Sequence[PendingPrompt]) -> Iterator[tuple[i
 
     def capture(compute: Compute) -> Compute:
         try:
-            return captured(compute)
+            return captured(compute, next(job.model.parameters()).device)
         except Exception as error:  # CUDA and hooks raise whatever they do
             if job.trial:
                 raise

@@ -205,7 +205,7 @@ class Recorded:
     def __init__(self) -> None:
         self.captures = self.replays = 0
 
-    def __call__(self, compute: static_batch.Compute) -> static_batch.Compute:
+    def __call__(self, compute: static_batch.Compute, device: torch.device) -> static_batch.Compute:
         self.captures += 1
         compute()
         graph = make_fx(lambda: compute())()
@@ -264,7 +264,7 @@ def test_a_step_in_which_values_decide_is_not_replayed(kind: str, family: str, c
     assert not model.decoders_tried["graphs"] and model.decoders_tried["continuous"]
 
 
-def failing(compute: static_batch.Compute) -> static_batch.Compute:
+def failing(compute: static_batch.Compute, device: torch.device) -> static_batch.Compute:
     """A capture that this machine refuses."""
     raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
