@@ -36,7 +36,7 @@ class Arriving:
     def __init__(self, scalars: Sequence[Tensor | float]):
         self.known: list[Any] = list(scalars)
         self.groups: list[tuple[list[int], Tensor]] = []
-        self.event: torch.cuda.Event | None = None
+        self.events: list[torch.cuda.Event] = []
         places: dict[torch.device, list[int]] = {}
         for i, value in enumerate(scalars):
             if isinstance(value, Tensor):
@@ -46,18 +46,20 @@ class Arriving:
             joined = torch.stack([self.known[i].detach().reshape(()).to(wide) for i in own])
             if device.type == "cuda":
                 self.groups.append((own, joined.to("cpu", non_blocking=True)))
-                self.event = torch.cuda.Event()
-                self.event.record()
+                event = torch.cuda.Event()
+                # That of the copy; without a stream, it would be one of the device that is current.
+                event.record(torch.cuda.current_stream(device))
+                self.events.append(event)
             else:
                 # Other backends do not say when a copy that they do not wait for has arrived.
                 self.groups.append((own, joined.cpu()))
 
     def values(self) -> list[float]:
         """Return the numbers in their order; wait until they are here."""
-        if self.event is not None:
-            self.event.synchronize()
+        for event in self.events:
+            event.synchronize()
         for places, values in self.groups:
             for place, value in zip(places, values.tolist(), strict=True):
                 self.known[place] = value
-        self.groups = []
+        self.groups, self.events = [], []
         return self.known

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as known
 
+SHARES = 2.0**52
+"""In which shares of probability are counted where their sums have to be exact."""
 Report = Callable[[int, int], None]
 """Takes the index of an answer and its next token, as soon as it is picked."""
 
@@ -76,7 +78,7 @@ class Picker:
         if sampling.top_k > 0:
             self.warpers.append(known.TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
-            self.warpers.append(known.TopPLogitsWarper(sampling.top_p))
+            self.warpers.append(TopP(sampling.top_p))
 
     def pick(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
         """Pick the next token of each row, (R,).
@@ -107,9 +109,35 @@ class Picker:
 
     def _drawn(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
         scores = self.warpers(torch.empty(0), logits.to(torch.promote_types(logits.dtype, torch.float32)))  # type: ignore[arg-type]
-        cumulative = scores.double().softmax(-1).cumsum(-1)
+        cumulative = running_sums(scores.double().softmax(-1))
         u = self.uniform[list(answers), list(at)].to(logits.device)[:, None]
         return torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(1)
+
+
+class TopP(known.TopPLogitsWarper):
+    """The likeliest tokens that have `top_p` together, as Transformers has it, on a device without deterministic sums too."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (R, V), the others' at minus infinity."""
+        if not _sums_vary(scores):
+            return super().__call__(input_ids, scores)
+        ordered, places = scores.sort(descending=False)
+        left_out = running_sums(ordered.softmax(-1)) <= 1 - self.top_p
+        left_out[..., -self.min_tokens_to_keep :] = False
+        return scores.masked_fill(left_out.scatter(1, places, left_out), self.filter_value)
+
+
+def _sums_vary(x: Tensor) -> bool:
+    """Return whether torch refuses running sums of floats where a tensor is: on a GPU, where it is to be deterministic."""
+    return x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def running_sums(shares: Tensor) -> Tensor:
+    """Return the running sums (R, V) of shares, which add up to 1 in each row."""
+    if not _sums_vary(shares):
+        return shares.cumsum(-1)
+    # Sums of integers are the same in any order.
+    return (shares.double() * SHARES).round().long().cumsum(-1).double() / SHARES
 
 
 def stream(seed: int, key: int | str, count: int) -> Tensor:

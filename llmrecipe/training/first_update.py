@@ -53,7 +53,7 @@ class FirstUpdate:
         self.before = named_checksums(tensors)
         self.seconds += time.perf_counter() - started
         counted = self.run.runtime.shard == PLAIN and not self.run.profile.compile
-        with self.run.meter.watch(self.run.model, counted):
+        with self.run.meter.watch(self.run.model, counted, self.run.runtime.device):
             return first_step.checked(rule, self.run, micros)
 
     def compare(self, result: StepResult | LateResult) -> None:

@@ -40,14 +40,19 @@ class MemoryMeter:
         """Bytes that the process holds besides the model; None where that is not known."""
         self.before = 0
         """Most bytes of the process before the first update."""
+        self.gpu: torch.device | None = None
+        """Where the run computes, if that is a GPU; a machine that has one may compute on its CPU."""
 
-    def watch(self, model: nn.Module, counted: bool) -> contextlib.AbstractContextManager[KeptTensors | None]:
+    def watch(
+        self, model: nn.Module, counted: bool, device: torch.device
+    ) -> contextlib.AbstractContextManager[KeptTensors | None]:
         """Return a context for the first update.
 
         Args:
             counted: whether its parts are to be counted; those of a divided or a compiled model are not all there to count.
+            device: where the run computes; divided parameters may rest elsewhere.
         """
-        self._start_peak(model)
+        self._start_peak(model, device)
         self.kept = KeptTensors([*model.parameters(), *model.buffers()], vocabulary_of(model)) if counted else None
         return self.kept or contextlib.nullcontext()
 
@@ -69,18 +74,18 @@ class MemoryMeter:
 
     def peak_mb(self) -> float:
         """Return the peak memory of the device, or of the whole process on the CPU, in MB."""
-        return round(max(self.before, _peak()) / 2**20, 1)
+        return round(max(self.before, _peak(self.gpu)) / 2**20, 1)
 
     def totals(self) -> dict[str, int]:
         """Return the parts and, where it is known, the peak so far."""
-        return self.parts if self.floor is None else {**self.parts, "peak": max(0, _peak() - self.floor)}
+        return self.parts if self.floor is None else {**self.parts, "peak": max(0, _peak(self.gpu) - self.floor)}
 
-    def _start_peak(self, model: nn.Module) -> None:
+    def _start_peak(self, model: nn.Module, device: torch.device) -> None:
         """Measure the peak of a CPU process from here on; note what it was so far, and what is held besides the model."""
-        if torch.cuda.is_available():
-            self.floor = 0
+        if device.type == "cuda":
+            self.gpu, self.floor = device, 0
             return
-        self.before = _peak()
+        self.before = _peak(None)
         with contextlib.suppress(OSError, AttributeError, TypeError):  # the last: Windows opens no library without a name
             # What an earlier training in this process has freed would else count as held.
             ctypes.CDLL(None).malloc_trim(0)
@@ -89,9 +94,9 @@ class MemoryMeter:
             self.floor = pages * os.sysconf("SC_PAGE_SIZE") - held_weights(model)
 
 
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def _peak(gpu: torch.device | None) -> int:
+    if gpu is not None:
+        return int(torch.cuda.max_memory_allocated(gpu))
     with contextlib.suppress(OSError):
         # On Linux `ru_maxrss` of a process begins with the peak of the one that started it, and cannot be set back.
         if own := re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE):

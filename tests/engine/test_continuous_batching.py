@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from llmrecipe.core.forward_context import Context, activate
-from llmrecipe.engine import continuous_batching, generation
+from llmrecipe.engine import continuous_batching, generation, sampling
 from llmrecipe.engine.answer_ends import end_tokens
 from llmrecipe.engine.generation import generate
 from llmrecipe.engine.sampling import Picker, Sampling, stream
@@ -182,6 +183,25 @@ def test_tokens_are_drawn_from_the_tempered_and_cut_distribution(how: dict[str, 
     shares = torch.bincount(tokens, minlength=4) / count
     for share, p in zip(shares.tolist(), wanted, strict=True):
         assert abs(share - p) <= 4 * (p * (1 - p) / count) ** 0.5
+
+
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.8}, {"temperature": 0.7, "top_k": 9, "top_p": 0.5}])
+def test_tokens_are_the_same_where_sums_of_floats_may_not_be_used(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is to be deterministic has no running sums of floats."""
+    count = 400
+    logits = torch.randn(count, 50, generator=torch.Generator().manual_seed(2)) * 2
+    picker = Picker(Sampling(1, **{"temperature": 1.0, "seed": 1, **how}), range(count))
+    wanted = picker.pick(logits, range(count), [0] * count)
+    monkeypatch.setattr(sampling, "_sums_vary", lambda x: True)
+    assert torch.equal(picker.pick(logits, range(count), [0] * count), wanted)
+    shares = logits.double().softmax(-1)
+    torch.testing.assert_close(sampling.running_sums(shares), shares.cumsum(-1), rtol=0, atol=1e-14)
+
+
+def test_a_deterministic_gpu_gets_no_running_sums_of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    kinds = [(place, sampling._sums_vary(SimpleNamespace(device=torch.device(place)))) for place in ("cpu", "cuda")]
+    assert kinds == [("cpu", False), ("cuda", True)]
 
 
 def test_streams_follow_from_seed_and_key_alone() -> None:

@@ -165,8 +165,9 @@ def test_entries_that_are_trained_in_place_are_no_frozen_tensor(tmp_path: Path) 
 def run_of(model: nn.Module, optimizer: Any, rate: float = 0.1, others: Any = ()) -> Any:
     """Just what the check reads of a run; `others` are what further processes found."""
     runtime = SimpleNamespace(
-        maximum=lambda flags: flags, gather_json=lambda own: [own, *others], world=1, in_step=False, shard="none"
-    )
+        maximum=lambda flags: flags, gather_json=lambda own: [own, *others], world=1, in_step=False, shard="none",
+        device=torch.device("cpu"),
+    )  # fmt: skip
     run = SimpleNamespace(
         model=model, stack=[], runtime=runtime, optimizer=optimizer, progress=SimpleNamespace(step=0), learning_rate=rate,
         meter=MemoryMeter(), profile=SimpleNamespace(compile=True),

@@ -27,6 +27,7 @@ from llmrecipe.recipe.schema import ModelSection
 from llmrecipe.runs.report.page import memory_table
 from llmrecipe.training.dry_run import check, predict_memory
 from llmrecipe.training.kept_tensors import KeptTensors
+from llmrecipe.training.measured_memory import MemoryMeter
 from llmrecipe.training.memory_estimate import Estimate, retained_bytes
 from llmrecipe.training.predicted_pass import largest_micros
 from llmrecipe.training.symbolic_pass import Away, PassBytes, measure_pass, numberless
@@ -234,6 +235,19 @@ def test_the_peak_of_a_process_is_its_own() -> None:
     code = "from llmrecipe.training.measured_memory import MemoryMeter; print(MemoryMeter().peak_mb())"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert 50 < float(told) < len(held) / 2**20 - 100
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_measures_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run on a GPU that one, wherever divided parameters rest."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0 if device is None else 3 << 20)
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    own, other = MemoryMeter(), MemoryMeter()
+    own.watch(model, False, torch.device("cpu"))
+    assert own.peak_mb() > 50
+    other.watch(model, False, torch.device("cuda", 1))
+    assert other.peak_mb() == 3.0 and other.totals() == {"peak": 3 << 20}
 
 
 def test_what_cannot_be_known_has_no_number() -> None:
