@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -226,6 +227,8 @@ _work: Any = None
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Collections would walk through everything the parent has imported, again and again, and copy its memory.
+    gc.freeze()
 
 
 def _encode_in_worker(indices: range) -> Encoded:

@@ -12,7 +12,7 @@ medians over rounds, and the least and greatest. One thread; byte code is writte
     check        `check recipe=sft_lora`, and a script that imports torch and the model's class
     cold         the same training on 100,000 rows that no cache knows, up to the first step, on two cores; and what the
                  tokenizers library takes for the same texts, one encoding each
-    peer         (with --peer) the time to the first step of TRL, 10m shape
+    peer         (with --peer) the time to the first step of TRL, 10m shape, and on the 100,000 rows, tiny model
 
 Results go to tests/benchmarks/results/startup.md.
 """
@@ -129,9 +129,13 @@ def until_first_step(words: Sequence[str], place: Path) -> Times:
     What the run prints is in `place/log.txt`.
     """
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    events = place / "run" / "events.jsonl"
-    command = [sys.executable, "-c", PROGRAM, *words, f"run.dir={place / 'run'}"]
+    return until_reported(["-c", PROGRAM, *words, f"run.dir={place / 'run'}"], place, place / "run" / "events.jsonl")
+
+
+def until_reported(words: Sequence[str], place: Path, events: Path) -> Times:
+    """Run Python with these words until a step is among the events, then end the process."""
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *words]
     began = time.perf_counter()
     with (place / "log.txt").open("w", encoding="utf-8") as log:
         cache = environment(LLMRECIPE_CACHE=str(place / "cache"))
@@ -229,8 +233,8 @@ def check(rounds: int, folder: Path) -> list[str]:
     return rows_of(seen, {name: 3.0})
 
 
-def cold(rounds: int, folder: Path) -> list[str]:
-    """Measure the first step on rows that have to be read, checked and tokenized."""
+def new_rows(folder: Path) -> Path:
+    """Write the rows of `cold` to a file."""
     data = folder / "rows.jsonl"
     source = harness.ROOT / "llmrecipe" / "assets" / "data" / "sft" / "train.jsonl"
     rows = [json.loads(text) for text in source.read_text(encoding="utf-8").splitlines()]
@@ -239,6 +243,12 @@ def cold(rounds: int, folder: Path) -> list[str]:
             row = rows[number % len(rows)]
             turn = {"role": "user", "content": f"{row['prompt'][0]['content']} ({number})"}
             file.write(json.dumps({"prompt": [turn], "completion": row["completion"]}) + "\n")
+    return data
+
+
+def cold(rounds: int, folder: Path) -> list[str]:
+    """Measure the first step on rows that have to be read, checked and tokenized."""
+    data = new_rows(folder)
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(allowed)[:CORES])
     try:
@@ -270,7 +280,30 @@ def peer(rounds: int) -> list[str]:
             f"| {recipe} | {ours['first_step']:.1f} | {other['first_step']:.1f} | {ratio:.2f}x "
             f"| {ours['first_step_cpu']:.1f} | {other['first_step_cpu']:.1f} |"
         )
-    return lines
+    return [*lines, cold_peer(rounds, folder)]
+
+
+def cold_peer(rounds: int, folder: Path) -> str:
+    """Measure the first step on the rows of `cold`, here and in TRL in turn; both may use the cores there are."""
+    data, place = new_rows(folder), folder / "peer"
+
+    def other() -> Times:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        spec = {
+            "task": "sft", "data": str(data), "out": str(place), "model": str(TINY), "events": str(place / "events.jsonl"),
+            "r": 8, "alpha": 16, "passes": 1, "batch": 16, "lr": 1e-4, "seed": 0, "beta": None, "setting": "defaults",
+        }  # fmt: skip
+        (place / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        return until_reported([str(harness.HERE / "peer.py"), str(place / "spec.json")], place, place / "events.jsonl")
+
+    sides = {"here": lambda: until_first_step([*TRAIN, f"data.path={data}"], folder / "cold"), "TRL": other}
+    seen = alternating(sides, rounds)
+    ours, theirs = ([statistics.median(column) for column in zip(*times, strict=True)] for times in seen.values())
+    return (
+        f"| sft_lora, tiny model, {ROWS:,} new rows | {ours[0]:.1f} | {theirs[0]:.1f} | {theirs[0] / ours[0]:.2f}x "
+        f"| {ours[1]:.1f} | {theirs[1]:.1f} |"
+    )
 
 
 def loads(before: float) -> str:
