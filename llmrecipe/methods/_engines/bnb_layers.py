@@ -14,6 +14,7 @@ layer gets its memory from the allocator; a buffer for each shape would hold it 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,6 +23,9 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
 from llmrecipe.models.hooks.between_graphs import call_apart
+
+# On a GPU it says, at every product of an 8-bit layer, that the states pass through float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 class Linear4bit(bnb.nn.Linear4bit):
@@ -48,6 +52,18 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 class Linear8bit(bnb.nn.Linear8bitLt):
     """y = x (C diag(s) / 127)^T + b with int8 codes C and one scale a row."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:  # noqa: ANN401 - as torch has it
+        """Move the layer with what stands beside its codes: torch moves these in place and knows of nothing else."""
+        super()._apply(fn, recurse)
+        weight: Any = self.weight
+        holders: tuple[Any, ...] = weight, self.state
+        for holder in holders:
+            if getattr(holder, "CB", None) is not None:
+                holder.CB = weight.data
+            if getattr(holder, "SCB", None) is not None:
+                holder.SCB = holder.SCB.to(weight.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., in) -> (..., out)."""

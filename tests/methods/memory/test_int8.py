@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -80,3 +82,21 @@ def test_loading_in_8_bits_equals_converting_in_memory(tmp_path) -> None:
     assert dequantize_model(model) == 7
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
     assert torch.allclose(model(ids).logits, live, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_layer_that_is_moved_takes_its_codes_and_scales_along(used: bool) -> None:
+    """torch moves a weight in place where it can, as to a GPU, and the library has another name for the codes beside it."""
+    model = layer()
+    Int8(name="int8").attach(model)
+    moved, x = model["a"], torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    wanted = moved(x) if used else None
+    model._apply(lambda tensor: tensor.clone())
+    holders = [one for one in (moved.weight, moved.state) if one.CB is not None]
+    assert [one is moved.state for one in holders] == [used]
+    assert holders[0].CB.data_ptr() == moved.weight.data_ptr()
+    assert wanted is None or torch.equal(moved(x), wanted)
+    places: list[torch.device] = []
+    holders[0].SCB = SimpleNamespace(to=places.append)
+    model._apply(lambda tensor: tensor.clone())
+    assert places == [moved.weight.device]
