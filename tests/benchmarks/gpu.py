@@ -6,9 +6,15 @@
 
 Models have random weights of a stated shape and rows are words that are tokens, so nothing is downloaded. Each cell runs in a
 process of its own, one that fails or runs out of time is recorded and the next one starts, and both result files are written
-after every cell. What is measured:
+after every cell. Single kernels, graphs and what follows a failed capture are tested by pytest where there is a GPU:
 
-    equal      losses of a tiny model on the CPU and on the device, step by step; answers of two ways of decoding
+    python -m pytest tests/models/test_packed_attention.py tests/engine/test_captured_step.py -k gpu
+
+What is measured:
+
+    equal      losses of a tiny model on the CPU and on the device, step by step, also by each route of packed attention and
+               under 8-bit weights and optimizer states; of the device and itself where only deterministic kernels are
+               allowed; answers of two ways of decoding
     speed      tokens a second (padding excluded, a prompt counted with each answer) over the steps after the first two; share
                of the device's peak by the convention of `gpu_flops`, for devices whose peak is known; most memory of
                tensors; seconds from the process's start to the end of step 1
@@ -42,13 +48,17 @@ sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks import gpu_decoding  # noqa: E402
 from tests.benchmarks.gpu_flops import utilisation  # noqa: E402
-from tests.benchmarks.gpu_peer import missing  # noqa: E402
-from tests.benchmarks.gpu_work import Cell, write_json  # noqa: E402
+from tests.benchmarks.gpu_peer import ROUTE, missing  # noqa: E402
+from tests.benchmarks.gpu_work import DETERMINISTIC, Cell, write_json  # noqa: E402
 from tests.benchmarks.stamp import RESULTS, line, stamp  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "flash-attn", "llmrecipe")
 FORMS = ("true", "selective", "offload")
 """Of gradient checkpointing."""
+ROUTES = {"varlen": "bfloat16", "flash": "bfloat16", "flex": "float32"}
+"""Route of packed attention -> the dtype that it is compared in."""
+LOW = {"lora": "stack=[int8,lora]", "full": "optim=adamw_8bit"}
+"""Method -> what it is compared with in 8 bits: weights, or states of the optimizer."""
 COMPILED = "model.compile=blocks"
 KERNELS = "model.kernels=liger"
 LEAST = 20.0
@@ -72,6 +82,16 @@ def cells(dry: bool = False) -> list[Cell]:
     found += [Cell("product", "grpo", "lora", middle, "prompts", words=gpu_decoding.words(w)) for w in gpu_decoding.WAYS[1:]]
     found += _sides("sft", "full", middle, "full")
     found += [Cell("product", t, m, "tiny", "real", "equal", d) for t, m, d in more]
+    found += [
+        Cell("product", "sft", "lora", "tiny-wide", "real", "equal", dtype, f"{ROUTE}={route}")
+        for route, dtype in ROUTES.items()
+    ]
+    found += [Cell("product", "sft", "qlora", "tiny-wide", "real", "equal")]
+    found += [Cell("product", "sft", m, "tiny-wide", "real", "equal", words=words) for m, words in LOW.items()]
+    found += [
+        Cell("product", t, "lora", "tiny-wide", lengths, "equal", dtype, DETERMINISTIC)
+        for t, lengths, dtype in (("sft", "real", "bfloat16"), ("dpo", "real", "float32"), ("grpo", "prompts", "float32"))
+    ]
     found += [Cell("product", "dpo", "lora", big, "real", "profile"), Cell("trl", "sft", "lora", big, "full", "profile")]
     for task, method, shape, lengths in (
         ("sft", "lora", small, "full"), ("sft", "full", small, "real"), ("dpo", "full", small, "real"),

@@ -75,8 +75,10 @@ SHAPES = {
     "qwen3-0.6b": Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, True, 1000000.0),
     "tiny": Shape("llama", 32, 2, 4, 2, 8, 48, 8192, True),
     "tiny-qwen3": Shape("qwen3", 32, 2, 4, 2, 8, 48, 8192, True),
+    "tiny-wide": Shape("llama", 128, 2, 4, 2, 32, 192, 8192, True),
 }
-"""The tiny ones are for the dry run and for losses compared with those of the CPU."""
+"""The tiny ones are for the dry run and for losses compared with those of the CPU; the wide one has heads and rows of weights
+that the kernels of a GPU take."""
 
 
 def step_flops(shape: Shape, lengths: Iterable[int], method: str, reference: bool = False) -> int:

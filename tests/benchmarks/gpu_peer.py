@@ -14,6 +14,10 @@ from tests.benchmarks.gpu_work import LORA, SEED, Cell, Meter, Size, rows_at_onc
 from tests.benchmarks.peer import count_tokens
 
 RATE = 1e-4
+ROUTE = "model.packed_attention"
+"""Key of the route of packed attention."""
+LIBRARY = ("qlora", "int8", "_8bit")
+"""Methods and parts of further words that need bitsandbytes."""
 NEEDS = {
     "product": (),
     "transformers": ("transformers", "peft"),
@@ -24,14 +28,21 @@ NEEDS = {
 
 def missing(cell: Cell, device: str) -> str | None:
     """Why a side cannot do a cell on a device; None where it can."""
-    from llmrecipe.models.fused_kernels import kernels_lacking
+    import torch
 
-    needed = [*NEEDS[cell.side], *(["bitsandbytes"] if cell.method == "qlora" else [])]
+    from llmrecipe.models.fused_kernels import kernels_lacking
+    from llmrecipe.models.packed_attention import lacking
+
+    quantized = any(word in f"{cell.method} {cell.words}" for word in LIBRARY)
+    needed = [*NEEDS[cell.side], *(["bitsandbytes"] if quantized else [])]
     absent = [name for name in needed if find_spec(name) is None]
     if absent:
         return f"not importable: {', '.join(absent)}"
     if "model.kernels=liger" in cell.words and (lacks := kernels_lacking(device)) is not None:
         return f"liger {lacks}"
+    route = next((word.partition("=")[2] for word in cell.words.split() if word.startswith(f"{ROUTE}=")), None)
+    if route is not None and (lacks := lacking(route, torch.device(device))) is not None:
+        return f"{route} {lacks}"
     if "runtime.decoding=graphs" in cell.words and device != "cuda":
         return f"graphs need a GPU, and the device is {device}"
     if cell.side == "trl_best" and not extras(cell):

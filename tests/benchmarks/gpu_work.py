@@ -23,6 +23,8 @@ SAMPLED = ("grpo", "generate")
 """Tasks whose rows are prompts."""
 WARM = 2
 """Steps that no rate counts."""
+DETERMINISTIC = "runtime.deterministic=true"
+"""Word of cells in which the device is compared with itself."""
 
 
 @dataclass(frozen=True)

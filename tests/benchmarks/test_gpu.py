@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from llmrecipe.models.packed_attention import ONE_CALL
 from tests.benchmarks import gpu, gpu_decoding
-from tests.benchmarks.gpu_cell import compared
+from tests.benchmarks.gpu_cell import compared, on_cpu
 from tests.benchmarks.gpu_flops import SHAPES, peak_tflops, step_flops, utilisation
 from tests.benchmarks.gpu_peer import NEEDS, missing
 from tests.benchmarks.gpu_work import (
+    DETERMINISTIC,
     SIZES,
     Cell,
     Meter,
@@ -52,7 +54,7 @@ def test_attention_counts_by_the_square_of_each_length() -> None:
     assert short == 2 * 2 * 10**2 * 32 and long == 9 * short
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-qwen3"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen3", "tiny-wide"])
 def test_the_weights_are_those_of_the_model(name: str) -> None:
     import torch
     from torch import nn
@@ -123,10 +125,8 @@ def test_cells_cover_what_people_train_and_the_most_valuable_come_first() -> Non
 
 def test_each_form_of_recomputation_is_compared_and_timed() -> None:
     for kind, lengths in (("equal", "real"), ("speed", "full")):
-        found = {c.words for c in gpu.cells() if c.words and (c.kind, c.lengths) == (kind, lengths)} - {
-            gpu.COMPILED,
-            gpu.KERNELS,
-        }
+        words = {c.words for c in gpu.cells() if (c.kind, c.lengths) == (kind, lengths)}
+        found = {word for word in words if word.startswith("model.gradient_checkpointing=")}
         forms = {f"model.gradient_checkpointing={form}" for form in ("true", "selective", "offload")}
         assert found == forms
     cell, size = Cell("product", "sft", "lora", "llama-3.1-8b", "long"), SIZES["whole"]
@@ -156,6 +156,17 @@ def test_kernels_that_a_machine_lacks_are_not_measured(monkeypatch: pytest.Monke
     cell = Cell("product", "sft", "lora", "tiny", words=gpu.KERNELS)
     assert missing(cell, "cpu") == "liger needs a CUDA GPU, and the device is cpu"
     assert missing(Cell("product", "sft", "lora", "tiny"), "cpu") is None
+
+
+def test_routes_and_8_bits_are_compared_with_the_cpu_and_deterministic_kernels_with_themselves() -> None:
+    equal = {c.words: c for c in gpu.cells() if c.kind == "equal" and c.shape == "tiny-wide"}
+    assert {f"{gpu.ROUTE}={route}" for route in ONE_CALL} < set(equal)
+    assert on_cpu(equal["stack=[int8,lora]"]) == equal["stack=[int8,lora]"]
+    assert on_cpu(equal[f"{gpu.ROUTE}=flex"]).words == "" and equal[f"{gpu.ROUTE}=flex"].dtype == "float32"
+    assert missing(equal[f"{gpu.ROUTE}=varlen"], "cpu") == "varlen needs a CUDA GPU, and the device is cpu"
+    assert missing(equal[DETERMINISTIC], "cpu") is None
+    assert {c.task for c in gpu.cells() if c.words == DETERMINISTIC} == {"sft", "dpo", "grpo"}
+    assert compared([0.0, 1.0], [0.0, 1.0], 0.0)["equal"] and not compared([0.0], [1e-6], 0.0)["equal"]
 
 
 def test_ways_of_decoding_are_compared_first_and_timed_beside_the_first_one() -> None:
@@ -276,7 +287,7 @@ def test_every_cell_runs_dry(tmp_path: Path) -> None:
     gpu.main(["--minutes", "30", "--dry-run", "--folder", str(tmp_path / "work"), "--out", str(tmp_path / "gpu-x")])
     results = json.loads((tmp_path / "gpu-x.json").read_text())["results"]
     assert [r["cell"] for r in results if r["status"] == "failed"] == []
-    known = ("not importable", "nothing to add", "liger needs", "graphs need")
+    known = ("not importable", "nothing to add", "liger needs", "graphs need", *ONE_CALL)
     assert all(r["status"] == "ok" or any(k in r["error"] for k in known) for r in results)
     ours = {(r["cell"]["task"], r["cell"]["lengths"]): r["tokens"] for r in results if r.get("settings") == {}}
     for r in results:
