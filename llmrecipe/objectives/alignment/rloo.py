@@ -10,15 +10,9 @@ from llmrecipe.core.registry import register
 from llmrecipe.data.collate import Batch
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.objectives.alignment._engines.advantages import clipped_policy_loss, clipped_share, leave_one_out, moments
+from llmrecipe.objectives.alignment._engines.by_answer import answer_count, sum_by_answer
 from llmrecipe.objectives.alignment._engines.rollout import RolloutPlan, Sample, by_prompt, scores_of
-from llmrecipe.objectives.alignment._engines.rollout_metrics import (
-    answer_count,
-    ratio_metrics,
-    rollout_metrics,
-    sum_by_answer,
-    with_metrics,
-    with_old,
-)
+from llmrecipe.objectives.alignment._engines.rollout_metrics import ratio_metrics, rollout_metrics, with_metrics, with_old
 from llmrecipe.objectives.alignment._engines.sampled import Sampled
 from llmrecipe.objectives.base import Loss, Objective
 

@@ -12,18 +12,9 @@ from torch import Tensor
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.methods._base.late_values import Largest, Smallest
+from llmrecipe.objectives.alignment._engines.by_answer import answer_count, sum_by_answer
 from llmrecipe.objectives.alignment._engines.sampler_mismatch import sampler_metrics
 from llmrecipe.objectives.base import Loss, Measures
-
-
-def answer_count(batch: Batch) -> int:
-    """Return B, the number of answers of a batch."""
-    return batch.extra["score"].numel()
-
-
-def sum_by_answer(batch: Batch, values: Tensor) -> Tensor:
-    """Sum values per token, (N,), to values per answer, (B,)."""
-    return values.new_zeros(answer_count(batch)).index_add(0, batch.extra["answer"], values)
 
 
 def with_old(batch: Batch, logprobs: Tensor) -> Batch:

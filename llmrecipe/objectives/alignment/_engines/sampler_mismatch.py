@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmrecipe.data.collate import Batch
 from llmrecipe.methods._base.late_values import Largest
+from llmrecipe.objectives.alignment._engines.by_answer import sum_by_answer
 from llmrecipe.objectives.alignment._engines.kl import kl_estimate
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def sampler_weights(batch: Batch, of: str, cap: float) -> Tensor:
     """
     log_ratio = _log_ratio(batch)
     if of == "sequence":
-        answers = batch.extra["score"].numel()
-        log_ratio = log_ratio.new_zeros(answers).index_add(0, batch.extra["answer"], log_ratio)
+        log_ratio = sum_by_answer(batch, log_ratio)
     return log_ratio.exp().clamp(max=cap)
 
 
