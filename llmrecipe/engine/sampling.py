@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as known
 
+from llmrecipe.data.transfer import to_device
+
 SHARES = 2.0**52
 """In which shares of probability are counted where their sums have to be exact."""
 Report = Callable[[int, int], None]
@@ -110,8 +112,17 @@ class Picker:
     def _drawn(self, logits: Tensor, answers: Sequence[int], at: Sequence[int]) -> Tensor:
         scores = self.warpers(torch.empty(0), logits.to(torch.promote_types(logits.dtype, torch.float32)))  # type: ignore[arg-type]
         cumulative = running_sums(scores.double().softmax(-1))
-        u = self.uniform[list(answers), list(at)].to(logits.device)[:, None]
-        return torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(1)
+        u = to_device(self.uniform[list(answers), list(at)], logits.device)[:, None]
+        return in_vocabulary(torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(1), logits.shape[-1], logits.device)
+
+
+def in_vocabulary(tokens: Tensor, vocabulary: int, device: torch.device) -> Tensor:
+    """Return drawn tokens (R,), on a GPU cut to the vocabulary: scores that are no numbers have none.
+
+    The host raises where it looks such a token up. A GPU would end every further call of this process, and with it the report
+    of the step whose update left no numbers behind, which is read after what follows it has been started.
+    """
+    return tokens if device.type == "cpu" else tokens.clamp(max=vocabulary - 1)
 
 
 class TopP(known.TopPLogitsWarper):

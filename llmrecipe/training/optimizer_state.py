@@ -194,6 +194,8 @@ def random_state(generators: Mapping[str, torch.Generator | np.random.Generator]
         "cuda": [_text(s.numpy()) for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
         "generators": {},
     }
+    if state["cuda"]:
+        state["cuda_place"] = torch.cuda.current_device()
     for name, generator in (generators or {}).items():
         if isinstance(generator, torch.Generator):
             state["generators"][name] = _text(generator.get_state().numpy())
@@ -219,7 +221,12 @@ def restore_random_state(
     np.random.set_state((kind, _array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_bytes(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_bytes(s) for s in state["cuda"][: torch.cuda.device_count()]])
+        states = [_bytes(s) for s in state["cuda"]]
+        torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
+        # Of its GPUs a process computes on one, which another division over machines may give another number.
+        place = stored_count(state.get("cuda_place", torch.cuda.current_device()), "the GPU's number")
+        if place < len(states):
+            torch.cuda.set_rng_state(states[place])
     for name, generator in (generators or {}).items():
         if name not in state["generators"]:
             raise RunError(f"the checkpoint holds no state of the random generator '{name}'")

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmrecipe.core.console import say_progress
 from llmrecipe.core.foreign import read_json
 from llmrecipe.core.redact import redact_text
@@ -19,6 +21,7 @@ from llmrecipe.training.run_profile import PART, described_profile
 from llmrecipe.training.weight_changes import change_tables
 
 if TYPE_CHECKING:
+    from llmrecipe.engine.forward import Engine
     from llmrecipe.methods._base.method import Wrapper
     from llmrecipe.objectives.base import Objective
     from llmrecipe.recipe.schema import BatchSection
@@ -60,8 +63,20 @@ def announce(run: RunState) -> None:
             "attention in one call does not give this model's states here: packed documents are computed one after another "
             "(model.packed_attention=loop)"
         )
+    if (text := half_text(run.roles.engine)) is not None:
+        run.events.warning(text)
     for warning in validation.warnings(report):
         run.events.warning(warning)
+
+
+def half_text(engine: Engine) -> str | None:
+    """Return what float16 does to gradients, for a model that is trained in it; None of others."""
+    if torch.float16 not in (engine.autocast, engine.model.dtype):
+        return None
+    return (
+        "model.dtype: float16 holds no gradient below 6e-8, and the loss of a step is not scaled up to keep them above; use "
+        "bfloat16 where the GPU has it"
+    )
 
 
 def waiting_lines(stack: Iterable[Wrapper], objective: Objective, device: str) -> list[str]:

@@ -198,6 +198,16 @@ def test_tokens_are_the_same_where_sums_of_floats_may_not_be_used(how: dict[str,
     torch.testing.assert_close(sampling.running_sums(shares), shares.cumsum(-1), rtol=0, atol=1e-14)
 
 
+def test_scores_that_are_no_numbers_end_no_gpu() -> None:
+    """A token outside the vocabulary is an error of the host, and of a GPU one that ends every further call."""
+    picker = Picker(Sampling(1, 1.0, seed=1), range(2))
+    scores = torch.stack([torch.zeros(5), torch.full((5,), float("nan"))])
+    drawn = picker.pick(scores, range(2), [0, 0])
+    assert drawn[0] < 5 and drawn[1] == 5
+    assert sampling.in_vocabulary(drawn, 5, torch.device("cuda")).tolist() == [int(drawn[0]), 4]
+    assert sampling.in_vocabulary(drawn, 5, torch.device("cpu")) is drawn
+
+
 def test_a_deterministic_gpu_gets_no_running_sums_of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     kinds = [(place, sampling._sums_vary(SimpleNamespace(device=torch.device(place)))) for place in ("cpu", "cuda")]

@@ -306,6 +306,26 @@ def test_every_random_generator_continues_where_it_was():
         restore_random_state(state, {"noise": torch.Generator()})
 
 
+def test_the_generator_of_a_gpu_continues_on_the_gpu_the_process_has_now(monkeypatch):
+    """Saved on the second of two GPUs, continued on the only one, and on the fourth of four."""
+    states, here = [torch.tensor([number], dtype=torch.uint8) for number in (10, 11)], 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: here)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda given: [states.__setitem__(i, s) for i, s in enumerate(given)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda given: states.__setitem__(here, given))
+    saved = json.loads(json.dumps(random_state()))
+    for count, place in ((1, 0), (4, 3)):
+        states, here = [torch.zeros(1, dtype=torch.uint8) for _ in range(count)], place
+        restore_random_state(saved)
+        assert states[place].tolist() == [11]
+    del saved["cuda_place"]
+    states, here = [torch.zeros(1, dtype=torch.uint8)], 0
+    restore_random_state(saved)
+    assert states[0].tolist() == [10], "as versions wrote it that knew one place"
+
+
 def test_a_checkpoint_weighs_what_trains(tmp_path):
     """The frozen base is not in it; AdamW's two averages and 64 KB for everything else are the bound."""
     base = nn.Linear(600, 600)

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from llmrecipe.recipe.compose import compose, to_yaml
-from llmrecipe.training.startup_report import recipe_facts
+from llmrecipe.training.startup_report import half_text, recipe_facts
 
 RECIPE = """
 defaults:
@@ -39,3 +41,12 @@ def test_values_of_the_own_file_and_of_the_command_line_are_named(tmp_path: Path
     assert later == {"name": "mine", "set": {**found["set"], "steps": "override steps=9"}}
     again = facts(tmp_path, tmp_path / "recipe.yaml", [], first_step=0)
     assert "seed" in again["set"], "a run that starts from a whole recipe has set all of it"
+
+
+def test_a_training_in_float16_is_warned_of() -> None:
+    def text(dtype: torch.dtype, autocast: torch.dtype | None = None) -> str | None:
+        return half_text(SimpleNamespace(autocast=autocast, model=SimpleNamespace(dtype=dtype)))  # type: ignore[arg-type]
+
+    assert "no gradient below 6e-8" in str(text(torch.float16)) and text(torch.float32, torch.float16) is not None
+    assert text(torch.bfloat16) is text(torch.float32) is text(torch.float32, torch.bfloat16) is None
+    assert float(torch.tensor(6e-8, dtype=torch.float16)) > 0 and float(torch.tensor(2.9e-8, dtype=torch.float16)) == 0.0
