@@ -72,23 +72,20 @@ def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
     interval (`training.intervals`).
     """
     objective, roles = evaluation.objective, evaluation.roles
-    state = torch.get_rng_state()
     sums = MetricSums()
     gathered: dict[str, list[torch.Tensor]] = defaultdict(list)
     single: list[dict[str, list[float]]] = []
-    try:
-        with roles.evaluating(), torch.no_grad():
-            for part, batch in _batches(evaluation, data):
-                with roles.each_pass_once():
-                    found, tensors = objective.evaluate(batch, roles), objective.collect(batch, roles)
-                sums.add(found)
-                if evaluation.row_by_row and part:
-                    plain = {n: e for n, e in found.items() if not isinstance(e, Largest | Smallest)}
-                    single.append({n: [float(value), float(count)] for n, (value, count) in plain.items()})
-                for name, tensor in tensors.items():
-                    gathered[name].append(tensor)
-    finally:
-        torch.set_rng_state(state)
+    gpus = [roles.device] if roles.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), roles.evaluating(), torch.no_grad():
+        for part, batch in _batches(evaluation, data):
+            with roles.each_pass_once():
+                found, tensors = objective.evaluate(batch, roles), objective.collect(batch, roles)
+            sums.add(found)
+            if evaluation.row_by_row and part:
+                plain = {n: e for n, e in found.items() if not isinstance(e, Largest | Smallest)}
+                single.append({n: [float(value), float(count)] for n, (value, count) in plain.items()})
+            for name, tensor in tensors.items():
+                gathered[name].append(tensor)
     metrics = sums.mean(evaluation.runtime)
     joined = {n: _gathered(evaluation, torch.cat(gathered[n])) for n in sorted(gathered)}
     scores = RowScores(evaluation.samples, roles.seed)
