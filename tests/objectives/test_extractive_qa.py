@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from llmrecipe.core.errors import DataError, ModelError, RecipeError
@@ -159,6 +161,9 @@ def test_places_stand_for_the_answers_characters(name: str, answer: str) -> None
     assert window["nulls"] == len(window["ids"]) - 1 == row["windows"][0] - 1
 
 
+@pytest.mark.skipif(
+    Version(version("tokenizers")) < Version("0.23.3"), reason="tokenizers before 0.23.3 leaves out windows of a second text"
+)
 @pytest.mark.parametrize("stride", [5, 9, None, 100])
 def test_windows_are_the_tokenizers_own(stride: int | None) -> None:
     """The same as its `only_second` truncation with the overlap that is left, save the end token of this package."""
