@@ -22,7 +22,10 @@ LARGEST = 2**63 - 1
 """Largest whole number that libraries hold."""
 REASON = 300
 """Characters of another library's message that are passed on."""
-NO_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memory", "unable to allocate", "array is too big")
+NO_MEMORY = (
+    "can't allocate memory", "out of memory", "cannot allocate memory", "unable to allocate", "array is too big",
+    "status_alloc_failed",
+)  # fmt: skip
 
 
 def reason_of(error: BaseException) -> str:

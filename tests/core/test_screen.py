@@ -207,6 +207,11 @@ def test_errors_of_other_libraries_get_a_place_and_keep_their_reason() -> None:
     with pytest.raises(RunError, match=r"^mine$"), reading("here"):
         raise RunError("mine")
     assert "memory is not enough" in str(as_user_error(MemoryError()))
+    for full in (
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+    ):
+        assert "memory is not enough" in str(as_user_error(RuntimeError(full)))
     assert str(as_user_error(PermissionError(13, "Permission denied", "/x"))) == "/x: Permission denied"
     assert as_user_error(ZeroDivisionError()) is None
 
