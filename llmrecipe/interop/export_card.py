@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from llmrecipe.core.errors import UserError
 from llmrecipe.core.foreign import read_json
 from llmrecipe.core.redact import redact_text
-from llmrecipe.interop.export_options import ExportOptions
+from llmrecipe.interop.export_options import GGUF_FILE, TOKENIZER_FILE, ExportOptions
 from llmrecipe.models.checkpoint_path import HUB_NAME, run_folder
 from llmrecipe.runs.model_card import USE, base_licence, hub_id, place_name, read_card, with_front_matter
 
@@ -43,7 +43,7 @@ SNIPPETS = {
         "# llama-server -m model.gguf --jinja, or: ollama create NAME -f Modelfile\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained({here!r}, gguf_file='model.gguf')\n"
-        "tokenizer = AutoTokenizer.from_pretrained({here!r}, gguf_file='model.gguf')"
+        "tokenizer = AutoTokenizer.from_pretrained({here!r}{reader})"
     ),
     "adapter_hub": (
         "from adapters import AutoAdapterModel\n\nmodel = AutoAdapterModel.from_pretrained({base!r})\n"
@@ -140,18 +140,22 @@ def write_card(folder: Path, run: str, options: ExportOptions) -> None:
         parts = ", ".join(f"{place_name(path)} x {weight:g}" for path, weight in {run: options.weight, **options.add}.items())
         data.pop("model-index", None)
         text = f"# {Path(run).name} combined\n\nA combination made with llmrecipe ({options.merge.kind}): {parts}.\n\n"
-    (folder / CARD).write_text(card_text(data, text, options.to), encoding="utf-8")
+    (folder / CARD).write_text(
+        card_text(data, text, options.to, own_tokenizer=(folder / TOKENIZER_FILE).is_file()), encoding="utf-8"
+    )
 
 
-def card_text(data: dict[str, Any], body: str, to: str, here: str = HERE) -> str:
+def card_text(data: dict[str, Any], body: str, to: str, here: str = HERE, own_tokenizer: bool = False) -> str:
     """Return a card with the lines that say how its folder is used.
 
     Args:
         data: front matter.
         body: the text; what stands behind `Use it:` is replaced.
         here: the folder or its repository.
+        own_tokenizer: a tokenizer is saved next to a GGUF file, because Transformers reads the one inside in another way.
     """
     base, task = str(data.get("base_model") or "BASE"), str(data.get("pipeline_tag") or "text-generation")
-    snippet = SNIPPETS[to].format(task=task, base=base, here=here, auto=AUTO.get(task, "AutoModel"))
+    reader = "" if own_tokenizer else f", gguf_file={GGUF_FILE!r}"
+    snippet = SNIPPETS[to].format(task=task, base=base, here=here, reader=reader, auto=AUTO.get(task, "AutoModel"))
     text = f"{body.partition(USE)[0].rstrip()}\n\n{USE}\n\n```python\n{snippet}\n```\n"
     return redact_text(with_front_matter(ModelCardData(**data, ignore_metadata_errors=True), text))

@@ -35,6 +35,8 @@ OTHER_TOOLS = {
 }
 """Formats that llm-compressor writes from a merged folder -> the Python that does it."""
 GGUF_FILE = "model.gguf"
+TOKENIZER_FILE = "tokenizer.json"
+"""Next to a GGUF file where Transformers reads the tokenizer inside in another way."""
 OPTIONS_FILE = "export.json"
 """File in an exported folder that says how it was exported."""
 

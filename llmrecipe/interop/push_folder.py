@@ -27,7 +27,7 @@ from llmrecipe.interop.export_card import (
     own_card,
     with_base,
 )
-from llmrecipe.interop.export_options import FORMATS, GGUF_FILE, OPTIONS_FILE
+from llmrecipe.interop.export_options import FORMATS, GGUF_FILE, OPTIONS_FILE, TOKENIZER_FILE
 from llmrecipe.interop.machine_paths import VOCABULARIES, machine_path
 from llmrecipe.models.checkpoint_path import run_folder
 from llmrecipe.models.resolve_class import first_line
@@ -120,7 +120,7 @@ def prepare_upload(folder: Path, repo: str, private: bool, base: str | None, lic
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"push {folder}: {name} is a link to {path.resolve()}, outside the folder; put a copy in its place")
         files[name] = _as_it_goes(path, name, base)
-    files[CARD] = card_text(data, body, kind, here=repo).encode("utf-8")
+    files[CARD] = card_text(data, body, kind, here=repo, own_tokenizer=(folder / TOKENIZER_FILE).is_file()).encode("utf-8")
     for name, content in files.items():
         if (found := machine_path(content, name, folder)) is not None:
             raise UserError(f"push {folder}: {name} names a place of this machine ({found:.200}); take it out first")

@@ -15,17 +15,23 @@ from llmrecipe.cli.app import run_command as command
 from llmrecipe.core import registry
 from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.data.tokenize.chat_templates import Template, template_of
+from llmrecipe.evaluation.verify.golden_prompt import compare_golden
+from llmrecipe.interop.export_card import card_text
 from llmrecipe.interop.export_options import ExportOptions
 from llmrecipe.interop.gguf import converter, gguf_export
 from llmrecipe.interop.gguf.architecture import as_stored, refuse_family
+from llmrecipe.interop.gguf.cutting import as_llama_cpp, bos_added, cuts_of, probe_prompts
 from llmrecipe.interop.gguf.gguf_export import create_command, export_gguf, probes
 from llmrecipe.interop.gguf.ollama import CONVERSATIONS, turns_of
 from llmrecipe.interop.gguf.token_tables import token_tables_of
+from llmrecipe.interop.gguf.writer import write_gguf
 from llmrecipe.interop.merged import export_merged
 from llmrecipe.methods.reparameterized.lora import Lora
 from llmrecipe.models.checkpoint_path import TINY
 from tests.interop.saved_runs import base_folder, saved_run
+from tests.interop.tokenizers_for_gguf import KINDS
 from tests.support import shared
+from tests.tiny import tiny_model
 
 gguf: Any = pytest.importorskip("gguf")
 
@@ -34,7 +40,8 @@ def read_back(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    where = {} if (folder / "tokenizer.json").exists() else {"gguf_file": "model.gguf"}
+    return model, AutoTokenizer.from_pretrained(folder, **where)
 
 
 def merged_back(folder: Path) -> tuple[Any, Any]:
@@ -83,6 +90,10 @@ def test_a_real_model_with_sentencepiece_is_read_back(tmp_path: Path) -> None:
     done = export_gguf(tmp_path / "run")
     assert_same(done.path, export_merged(tmp_path / "run").path)
     assert 'TEMPLATE """{{ .Prompt }}"""' in (done.path / "Modelfile").read_text()
+    # The reader of Transformers builds another tokenizer of these pieces.
+    assert any("the tokenizer is saved next to the file" in note for note in done.notes)
+    compare_golden(done.path)
+    assert "from_pretrained('.')" in card_text({}, "", "gguf", ".", own_tokenizer=True)
 
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -173,13 +184,17 @@ def test_eight_bits_a_weight_are_within_half_a_step(tmp_path: Path) -> None:
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rotary frequencies are scaled by 'dynamic'",
         ),
+        ("qwen2", BEYOND[2][1], "scaled by 'llama3' in its architecture llama, and not in qwen2"),
+        ("qwen3", BEYOND[2][1], "scaled by 'llama3' in its architecture llama, and not in qwen3"),
+        ("qwen3", {"attention_bias": True}, "its attention has biases"),
+        ("qwen2", {"head_dim": 16}, "do not add up to hidden_size"),
     ],
 )
 def test_a_family_without_a_counterpart_is_refused(tmp_path: Path, family: str, more: dict[str, Any], words: str) -> None:
     from tests.tiny import tiny_config
 
     config = tiny_config(family, **more)
-    name = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[family]
+    name = {"gpt2": "GPT2LMHeadModel"}.get(family, f"{family.capitalize()}ForCausalLM")
     with pytest.raises(ModelError, match=words) as refusal:
         refuse_family(name, config)
     assert "--converter" in str(refusal.value)
@@ -195,11 +210,16 @@ def test_a_classifier_is_refused_before_it_is_merged(tmp_path: Path, monkeypatch
 
 def tokenizer_with(change: Any) -> Any:
     """The embedded tokenizer with its JSON changed."""
+    parts = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    change(parts)
+    return tokenizer_of(parts)
+
+
+def tokenizer_of(parts: Any) -> Any:
+    """A tokenizer of its JSON."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    parts = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
-    change(parts)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)))
 
 
@@ -221,7 +241,8 @@ def pieces(merges: list[list[str]]) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {text: place for place, text in enumerate(["<unk>", "<0x0A>", "\u2581", "a", "b", "ab", "aba", "ba"])}
+    known = ["<unk>", "\u2581", "a", "b", "ab", "aba", "ba", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {text: place for place, text in enumerate(known)}
     steps = [
         {"type": "Prepend", "prepend": "\u2581"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
@@ -237,11 +258,78 @@ def pieces(merges: list[list[str]]) -> Any:
 
 def test_merges_become_scores_of_their_unions_where_they_can() -> None:
     """ab before ba before aba: 0, -1, -2, and letters after all of them; a pair that is no merge has no such scores."""
-    tables = token_tables_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"], ["a", "ba"]]), 8)
-    assert tables.scores == [0.0, 0.0, -3.0, -3.0, -3.0, 0.0, -2.0, -1.0]
-    assert tables.kinds == [2, 6, 1, 1, 1, 1, 1, 1] and tables.space_first
+    tables = token_tables_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"], ["a", "ba"]]), 263)
+    assert tables.scores == [0.0, -3.0, -3.0, -3.0, 0.0, -2.0, -1.0, *[0.0] * 256]
+    assert tables.kinds == [2, *[1] * 6, *[6] * 256] and tables.space_first
     with pytest.raises(ModelError, match="its merges are not those that scores"):
-        token_tables_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"]]), 8)
+        token_tables_of(pieces([["a", "b"], ["b", "a"], ["ab", "a"]]), 263)
+
+
+@pytest.mark.parametrize(
+    ("kind", "space_first", "lead", "bos", "alike"),
+    [
+        ("prepending inst", True, "", True, True),
+        ("prepending chatml", True, "", False, True),
+        ("metaspace", True, "", False, False),
+        ("metaspace inst", False, "", False, False),
+        ("metaspace chatml", False, "", False, False),
+        ("metaspace headers", False, " ", False, False),
+        ("metaspace never", False, "", False, True),
+    ],
+)
+def test_conversations_decide_where_a_file_puts_spaces(kind: str, space_first: bool, lead: str, bos: bool, alike: bool) -> None:
+    """Metaspace puts a space at the start of a text and after special tokens none; llama.cpp does both or neither."""
+    tokenizer = KINDS[kind]()
+    tables = token_tables_of(tokenizer, len(tokenizer))
+    assert (tables.space_first, tables.lead, bos_added(tokenizer)) == (space_first, lead, bos)
+    assert (tables.notes == []) == alike
+    rules, own = as_llama_cpp(tokenizer, space_first), cuts_of(tokenizer)
+    assert [rules(lead + text) for text in probe_prompts(tokenizer)] == [own(text) for text in probe_prompts(tokenizer)]
+
+
+def test_a_file_whose_prompts_llama_cpp_would_cut_otherwise_is_refused() -> None:
+    """A token that takes the white space after it: llama.cpp knows no such token."""
+    from tokenizers import AddedToken
+
+    tokenizer = KINDS["gpt-2"]()
+    tokenizer.add_tokens([AddedToken("<R>", rstrip=True, special=True, normalized=False)])
+    assert any("'a <R> b'" in note for note in token_tables_of(tokenizer, len(tokenizer)).notes)
+    tokenizer.chat_template = "{% for m in messages %}<R> {{ m['content'] }}{% endfor %}<R>"
+    with pytest.raises(ModelError, match=r"llama\.cpp would cut the prompt '<R> What is it"):
+        token_tables_of(tokenizer, len(tokenizer))
+
+
+def test_a_tokenizer_without_some_bytes_is_refused() -> None:
+    tokenizer = pieces([["a", "b"]])
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    del parts["model"]["vocab"]["<0xFF>"]
+    with pytest.raises(ModelError, match="no token for some of the 256 bytes"):
+        token_tables_of(tokenizer_of(parts), 262)
+
+
+def fields(folder: Path) -> dict[str, Any]:
+    """Settings of the tokenizer in a file."""
+    found = gguf.GGUFReader(folder / "model.gguf").fields
+    return {name.removeprefix("tokenizer."): f.contents() for name, f in found.items() if name.startswith("tokenizer.")}
+
+
+def test_a_file_of_raw_text_is_prompted_raw_and_its_end_tokens_are_all_there(tmp_path: Path) -> None:
+    """llama.cpp takes ChatML where a file has no template; end tokens of the generation settings are in the file, too."""
+    from transformers import GenerationConfig
+
+    tokenizer = KINDS["prepending"]()
+    model: Any = tiny_model("llama", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[2, 5, 7]).save_pretrained(tmp_path)
+    write_gguf(tmp_path, tmp_path / "model.gguf", model.config, tokenizer, "F32", "x")
+    found = fields(tmp_path)
+    raw = Template("raw", found["chat_template"], True, {"bos_token": "<s>"})
+    assert (
+        raw.render([{"role": "user", "content": "One."}, {"role": "assistant", "content": "Two."}], prompt=True)
+        == "<s>One.\nTwo."
+    )
+    ends = [found[f"ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")]
+    assert ends == [2, 5, 7] and found["ggml.add_bos_token"] and not found["ggml.add_eos_token"]
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -306,8 +306,7 @@ def keep_trained_template(tokenizer: PreTrainedTokenizerBase, trained: str, form
         if template is not None and written is not None:
             tokenizer.chat_template = {"default": written.text, "own": template.text}
     elif template is not None and formats != "tokens":
-        adds, _ = added_tokens(tokenizer)
-        tokenizer.chat_template = {"default": RAW if adds else RAW.removeprefix(BOS), "own": template.text}
+        tokenizer.chat_template = {"default": raw_template(tokenizer), "own": template.text}
         tokenizer.init_kwargs[KEY] = "raw"
 
 
@@ -357,6 +356,18 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})})
 
 
+def served_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
+    """Return the template that prompts of a tokenizer's model are rendered by; None for raw text."""
+    given: Any = tokenizer.chat_template
+    served: Any = given.get("default") if isinstance(given, dict) else given
+    return Template("served", served, named=True, variables=dict(tokenizer.special_tokens_map)) if served else None
+
+
+def raw_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the template that writes raw text: `RAW`, with BOS only where the tokenizer puts it before raw text."""
+    return RAW if added_tokens(tokenizer)[0] else RAW.removeprefix(BOS)
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], tools: Tools = None, kwargs: Variables = None
 ) -> list[int]:
@@ -368,11 +379,9 @@ def prompt_ids(
     Raises:
         DataError: the template refuses the conversation.
     """
-    given: Any = tokenizer.chat_template
-    served: Any = given.get("default") if isinstance(given, dict) else given
-    if not served:
+    template = served_template(tokenizer)
+    if template is None:
         return list(call_tokenizer(tokenizer, "\n".join(t["content"] for t in turns))["input_ids"])
-    template = Template("served", served, named=True, variables=dict(tokenizer.special_tokens_map))
     try:
         text = template.render([dict(turn) for turn in turns], True, tools, kwargs)
     except BadRow as bad:

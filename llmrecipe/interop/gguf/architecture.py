@@ -60,6 +60,14 @@ def refuse_family(name: str, config: PreTrainedConfig) -> None:
         reason = f"its rotary frequencies are scaled by '{kind}' (written here: {', '.join(ROTARY)})"
     elif rotary.get("partial_rotary_factor", 1.0) != 1.0:
         reason = "only a part of each head is rotated"
+    elif kind == "llama3" and ARCHITECTURES[name] != "llama":
+        reason = (
+            f"llama.cpp reads rotary frequencies scaled by 'llama3' in its architecture llama, and not in {ARCHITECTURES[name]}"
+        )
+    elif ARCHITECTURES[name] == "qwen3" and config.attention_bias:
+        reason = "its attention has biases (attention_bias), and llama.cpp's qwen3 has none"
+    elif ARCHITECTURES[name] == "qwen2" and width_of_head(config) * config.num_attention_heads != config.hidden_size:
+        reason = "the widths of its heads do not add up to hidden_size, and in llama.cpp's qwen2 they do"
     if reason is not None:
         raise ModelError(
             f"export --to gguf: {reason}; llama.cpp's own converter knows more families: install llama.cpp so that "

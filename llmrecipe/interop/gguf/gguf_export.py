@@ -2,7 +2,8 @@
 
 The run is merged first (see `interop.merged`), which proves that the merged folder computes what the run computes. llama.cpp's
 own converter writes the file where it is installed, and the `gguf` library where it is not. Then Transformers reads the file:
-its logits must be those of the merged folder, and its tokenizer must cut the same tokens.
+its logits must be those of the merged folder. Prompts must be cut as the run cuts them: by llama.cpp's rules where the file was
+written here (`token_tables`), by Transformers' reader where the converter wrote it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmrecipe.core.errors import ModelError, UserError
 from llmrecipe.core.lazy import is_installed
-from llmrecipe.data.formats.bad_row import BadRow
-from llmrecipe.data.tokenize.call_tokenizer import added_tokens
-from llmrecipe.data.tokenize.chat_templates import template_of
 from llmrecipe.interop import verify_logits
-from llmrecipe.interop.export_options import GGUF_FILE, Q8_0
+from llmrecipe.interop.export_options import GGUF_FILE, Q8_0, TOKENIZER_FILE
 from llmrecipe.interop.gguf.architecture import BEYOND_READER, refuse_family
 from llmrecipe.interop.gguf.converter import find_converter, run_converter
-from llmrecipe.interop.gguf.ollama import CONVERSATIONS, MODELFILE, modelfile
-from llmrecipe.interop.gguf.token_tables import token_tables_of
+from llmrecipe.interop.gguf.cutting import TEXTS, Otherwise, bos_added, cut_otherwise, cuts_of, probe_prompts
+from llmrecipe.interop.gguf.ollama import MODELFILE, modelfile
+from llmrecipe.interop.gguf.token_tables import TokenTables, token_tables_of
 from llmrecipe.interop.gguf.writer import STORED, write_gguf
 from llmrecipe.interop.golden import Golden, golden_answer
 from llmrecipe.interop.load_run import open_run
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 MERGED = "merged"
 Q8_0_BOUND = 5e-2
 """Largest logit difference of 8-bit weights that passes, as a share of the largest logit."""
-TEXTS = ("The hen lives in the barn.", "Tom has 12 apples; he buys 345 more!\nHow many?", "na\u00efve \u00fcber \u6f22\u5b57")
-"""What both tokenizers must cut alike, next to conversations."""
 
 
 def export_gguf(
@@ -88,14 +85,13 @@ def export_gguf(
         )
         tokenizer = AutoTokenizer.from_pretrained(merged.path)
         config = AutoConfig.from_pretrained(merged.path)
-        notes = [
-            *merged.notes,
-            f"merged: {merged.difference}",
-            *_write(script, folder, config, tokenizer, kind, run_title(Path(run).resolve())),
-        ]
-        difference, golden, more = _proof(folder, tokenizer, wide, kind, bound)
+        tables, written = _write(script, folder, config, tokenizer, kind, run_title(Path(run).resolve()))
+        notes = [*merged.notes, f"merged: {merged.difference}", *written]
+        difference, golden, more = _proof(folder, tokenizer, wide, kind, bound, tables is None)
         golden.write(folder)
-        text, other = modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings, added_tokens(tokenizer)[0])
+        text, other = modelfile(
+            GGUF_FILE, tokenizer, config.max_position_embeddings, bos_added(tokenizer), tables.lead if tables else ""
+        )
         (folder / MODELFILE).write_text(text, encoding="utf-8")
         shutil.rmtree(merged.path)
     return Exported(target, difference, [*notes, *more, *other, f"Ollama: {create_command(run, target)}"])
@@ -130,26 +126,26 @@ def _refuse_early(loaded: LoadedModel, converted: bool) -> None:
 
 def _write(
     script: Path | None, folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, kind: str, name: str
-) -> list[str]:
-    """Write the file, by llama.cpp's converter where there is one; return notes."""
-    notes = []
+) -> tuple[TokenTables | None, list[str]]:
+    """Write the file, by llama.cpp's converter where there is one; return the tables written here, if any, and notes."""
     if script is not None:
         try:
             run_converter(script, folder / MERGED, folder / GGUF_FILE, kind)
-            return [f"written by {script}"]
+            return None, [f"written by {script}"]
         except ModelError as error:
             (folder / GGUF_FILE).unlink(missing_ok=True)
             refused = error
         try:
-            notes = write_gguf(folder / MERGED, folder / GGUF_FILE, config, tokenizer, kind, name)
+            tables = write_gguf(folder / MERGED, folder / GGUF_FILE, config, tokenizer, kind, name)
         except ModelError as error:
             raise ModelError(f"export --to gguf: {refused}; and without it: {error}") from error
-        return [f"{refused}; written by the gguf library instead", *notes]
-    return write_gguf(folder / MERGED, folder / GGUF_FILE, config, tokenizer, kind, name)
+        return tables, [f"{refused}; written by the gguf library instead", *tables.notes]
+    tables = write_gguf(folder / MERGED, folder / GGUF_FILE, config, tokenizer, kind, name)
+    return tables, tables.notes
 
 
 def _proof(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, wide: torch.dtype, kind: str, bound: float | None
+    folder: Path, tokenizer: PreTrainedTokenizerBase, wide: torch.dtype, kind: str, bound: float | None, converted: bool
 ) -> tuple[verify_logits.Difference, Golden, list[str]]:
     """Compare a file with the merged folder next to it: logits and tokens.
 
@@ -175,20 +171,31 @@ def _proof(
     limit = bound if bound is not None or kind != Q8_0.upper() else Q8_0_BOUND
     difference = verify_logits.compare_logits(wanted, verify_logits.logits_of(plain, ids), wide, limit)
     verify_logits.demand(difference, "the GGUF file", "dtype=float32 rounds less; --bound allows more.")
-    for text in probes(tokenizer):
-        ours, theirs = (list(one(text, add_special_tokens=False)["input_ids"]) for one in (tokenizer, again))
-        if ours != theirs:
+    notes = []
+    for text, ours, theirs in _read_otherwise(tokenizer, again)[:1]:
+        if converted:
             raise ModelError(
                 f"export --to gguf: the tokenizer of the file cuts {text!r} into {theirs}, and that of the run into {ours}. "
                 "Nothing was written."
             )
-    ours, theirs = verify_logits.golden_ids(tokenizer), verify_logits.golden_ids(again)
-    front = ours[: len(ours) - len(theirs)] if ours[-len(theirs) :] == theirs else []
-    golden = replace(golden_answer(pretrained(plain), again, front), config=beyond)
-    if not beyond:
-        return difference, golden, []
-    note = f"Transformers takes no {', '.join(beyond)} from a GGUF file: give it the config of the base; llama.cpp has it"
-    return difference, golden, [note]
+        tokenizer.save_pretrained(folder)
+        notes.append(
+            f"llama.cpp cuts prompts as the run does, and Transformers' reader of GGUF files cuts {text!r} otherwise: the "
+            "tokenizer is saved next to the file (AutoTokenizer.from_pretrained(FOLDER))"
+        )
+    golden = replace(golden_answer(pretrained(plain), tokenizer), config=beyond)
+    if beyond:
+        notes.append(
+            f"Transformers takes no {', '.join(beyond)} from a GGUF file: give it the config of the base; llama.cpp has it"
+        )
+    return difference, golden, notes
+
+
+def _read_otherwise(tokenizer: PreTrainedTokenizerBase, again: PreTrainedTokenizerBase) -> list[Otherwise]:
+    """Return what the tokenizer that Transformers reads from a file cuts otherwise."""
+    found = cut_otherwise(cuts_of(tokenizer), cuts_of(again), probes(tokenizer))
+    own, read = verify_logits.golden_ids(tokenizer), verify_logits.golden_ids(again)
+    return found + ([(verify_logits.GOLDEN_PROMPT, own, read)] if own != read else [])
 
 
 def read_gguf(folder: Path, dtype: torch.dtype, settings: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -200,7 +207,10 @@ def read_gguf(folder: Path, dtype: torch.dtype, settings: Mapping[str, Any]) -> 
     config = AutoConfig.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
     for key, value in settings.items():
         setattr(config, key, value)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
+    # A tokenizer next to the file is there because the one read from it cuts otherwise.
+    saved = (folder / TOKENIZER_FILE).is_file()
+    where: dict[str, Any] = {} if saved else {"gguf_file": GGUF_FILE}
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     # Its progress bar has no switch.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, config=config, dtype=dtype)
@@ -216,12 +226,4 @@ def _beyond_reader(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
 
 def probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return texts that two tokenizers must cut alike: conversations under the chat template, and plain ones."""
-    texts, template = list(TEXTS), template_of(tokenizer)
-    if template is None:
-        return texts
-    for conversation in CONVERSATIONS:
-        try:
-            texts.append(template.render([{"role": r, "content": c} for r, c in conversation], prompt=True))
-        except BadRow:
-            continue
-    return texts
+    return list(dict.fromkeys([*TEXTS, *probe_prompts(tokenizer)]))

@@ -138,12 +138,15 @@ def _between(text: str, words: Sequence[str]) -> list[str]:
     return parts
 
 
-def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, positions: int, bos_added: bool) -> tuple[str, list[str]]:
+def modelfile(
+    file: str, tokenizer: PreTrainedTokenizerBase, positions: int, bos_added: bool, lead: str
+) -> tuple[str, list[str]]:
     """Return a Modelfile for a GGUF file next to it, and notes.
 
     Args:
         positions: the most tokens the model reads.
         bos_added: the tokenizer puts its first token before a text by itself.
+        lead: what a conversation begins with, before its template.
     """
     lines, notes = [f"FROM ./{file}"], []
     template = template_of(tokenizer)
@@ -151,7 +154,7 @@ def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, positions: int, bos
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif (turns := turns_of(template)) is not None:
         leave_out = str(tokenizer.bos_token or "") if bos_added else ""
-        lines.append(f'TEMPLATE """{turns.go(leave_out)}"""')
+        lines.append(f'TEMPLATE """{lead}{turns.go(leave_out)}"""')
         if turns.system is not None:
             lines.append(f'SYSTEM """{turns.system}"""')
     else:

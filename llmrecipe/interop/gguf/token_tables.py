@@ -2,7 +2,8 @@
 
 llama.cpp has the algorithms itself and reads their tables. `gpt2`: byte-level BPE by merges, on words cut by one of a list of
 patterns that the file calls by name (`tokenizer.ggml.pre`). `llama`: SentencePiece's BPE with bytes for what is in no piece,
-where the pair with the best score of its union is merged first. A tokenizer that neither can express is refused.
+where the pair with the best score of its union is merged first. A tokenizer that neither can express is refused, and so is one
+whose prompts would be cut in another way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from llmrecipe.core.errors import ModelError
+from llmrecipe.interop.gguf.cutting import SPACE, Cuts, as_llama_cpp, cut_otherwise, cuts_of, other_texts, probe_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +28,8 @@ PATTERNS = {CONTRACTIONS + r"\p{N}{1,3}" + ENDS: "llama-bpe", CONTRACTIONS + r"\
 """Pattern that cuts words before byte-level BPE -> its name in a file."""
 WHOLE_WORDS = ("llama-bpe",)
 """Names with which llama.cpp takes a word that is in the vocabulary as it is, without merges (`ignore_merges`)."""
-SPACE = "\u2581"
+SHOWN = 3
+"""Most texts that a note names."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class TokenTables:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     space_first: bool = False
-    """A space is put before a text."""
+    """A space is put before every part of a text."""
+    lead: str = ""
+    """What the chat template of the file writes before all else."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -62,9 +67,11 @@ def token_tables_of(tokenizer: PreTrainedTokenizerBase, size: int) -> TokenTable
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     tokens, kinds = _tokens(tokenizer, model, parts["added_tokens"], size)
     if model.get("byte_fallback"):
-        return TokenTables(
-            "llama", "default", tokens, kinds, scores=_scores(tokens, kinds, merges), space_first=_space_first(parts)
-        )
+        if kinds.count(BYTE) < 256:
+            raise _refusal("it has no token for some of the 256 bytes, which llama.cpp writes unknown text in")
+        scores = _scores(tokens, kinds, merges)
+        (first, lead), notes = _spaces(tokenizer, parts)
+        return TokenTables("llama", "default", tokens, kinds, scores=scores, space_first=first, lead=lead, notes=notes)
     normalizer = (parts["normalizer"] or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise _refusal(f"it changes text before cutting it ({normalizer})")
@@ -72,6 +79,10 @@ def token_tables_of(tokenizer: PreTrainedTokenizerBase, size: int) -> TokenTable
     pre = _pattern_name(parts["pre_tokenizer"])
     if bool(model.get("ignore_merges")) != (pre in WHOLE_WORDS):
         raise _refusal(f"llama.cpp's '{pre}' and ignore_merges={model.get('ignore_merges', False)} do not go together")
+    theirs = as_llama_cpp(tokenizer, None)
+    if (refused := _prompts_refused(tokenizer, theirs)) is not None:
+        raise refused
+    notes += _other_cuts(tokenizer, theirs)
     # The separator of a merge is a space, so a space inside is written as byte-level BPE spells it.
     return TokenTables("gpt2", pre, tokens, kinds, [" ".join(p.replace(" ", "\u0120") for p in m) for m in merges], notes=notes)
 
@@ -119,11 +130,14 @@ def _pattern_name(pre: Mapping[str, Any] | None) -> str:
     raise _refusal("it cuts words by a pattern that is none of gpt-2, smollm, llama-bpe and qwen2")
 
 
-def _space_first(parts: Mapping[str, Any]) -> bool:
-    """Return whether a space is put before a text.
+def _spaces(tokenizer: PreTrainedTokenizerBase, parts: Mapping[str, Any]) -> tuple[tuple[bool, str], list[str]]:
+    """Return whether a space is put before every part of a text, what the chat template leads with, and notes.
+
+    Metaspace puts a space before the start of a text, and after special tokens none. Where a conversation has such tokens, the
+    file puts a space nowhere; a conversation that starts with other text gets it from its template.
 
     Raises:
-        ModelError: text is changed in another way as well.
+        ModelError: text is changed in another way as well, or neither cuts the prompts of this model as the tokenizer does.
     """
     normalizer, pre = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
@@ -132,7 +146,35 @@ def _space_first(parts: Mapping[str, Any]) -> bool:
     metaspace = pre.get("type") == "Metaspace"
     if len(spaces) + len(first) < len(steps) or (pre and not metaspace) or not (spaces or metaspace):
         raise _refusal("it changes text in another way than by writing spaces as \u2581")
-    return bool(first) or (metaspace and pre.get("prepend_scheme") != "never")
+    if metaspace and pre.get("split", True) and any(SPACE in text[1:] for text in parts["model"]["vocab"]):
+        raise _refusal("it cuts words at spaces, and has pieces with a space inside")
+    choices: Sequence[tuple[bool, str]] = ((True, ""), (False, ""), (False, " "))
+    if not metaspace or pre.get("prepend_scheme") == "never":
+        choices = ((bool(first), ""),)
+    refusals = []
+    for choice in choices:
+        theirs = as_llama_cpp(tokenizer, choice[0])
+        if (refused := _prompts_refused(tokenizer, theirs, choice[1])) is None:
+            return choice, _other_cuts(tokenizer, theirs)
+        refusals.append(refused)
+    raise refusals[0]
+
+
+def _prompts_refused(tokenizer: PreTrainedTokenizerBase, theirs: Cuts, lead: str = "") -> ModelError | None:
+    """Return why prompts in the form the model was trained on cannot be cut by llama.cpp; None where they can."""
+    for text, own, other in cut_otherwise(cuts_of(tokenizer), lambda text: theirs(lead + text), probe_prompts(tokenizer)):
+        return _refusal(f"llama.cpp would cut the prompt {text!r} into {other}, and this tokenizer cuts it into {own}")
+    return None
+
+
+def _other_cuts(tokenizer: PreTrainedTokenizerBase, theirs: Cuts) -> list[str]:
+    """Return a note on texts that llama.cpp cuts in another way, where there are any."""
+    texts = [text for text, _, _ in cut_otherwise(cuts_of(tokenizer), theirs, other_texts(tokenizer))]
+    if not texts:
+        return []
+    named = ", ".join(map(repr, texts[:SHOWN]))
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return [f"llama.cpp cuts prompts as this tokenizer does, and some other texts otherwise: {named}{more}"]
 
 
 def _scores(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[tuple[str, ...]]) -> list[float]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from llmrecipe.core.errors import ModelError
 from llmrecipe.core.lazy import load_module
-from llmrecipe.data.tokenize.call_tokenizer import added_tokens
-from llmrecipe.data.tokenize.chat_templates import template_of, turn_end_tokens
+from llmrecipe.data.tokenize.chat_templates import turn_end_tokens
 from llmrecipe.interop.gguf.architecture import ARCHITECTURES, add_numbers, as_stored, more_tensors, refuse_family
+from llmrecipe.interop.gguf.cutting import bos_added, file_template
 from llmrecipe.interop.gguf.token_tables import TokenTables, token_tables_of
 
 if TYPE_CHECKING:
@@ -33,8 +35,8 @@ CLOSED = re.compile(r"\{%(-?)\s*endgeneration\s*(-?)%\}")
 
 def write_gguf(
     folder: Path, target: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, kind: str, name: str
-) -> list[str]:
-    """Write a folder of Transformers as one file; return notes.
+) -> TokenTables:
+    """Write a folder of Transformers as one file; return the tables of its tokenizer.
 
     Args:
         folder: with the safetensors files.
@@ -58,7 +60,7 @@ def write_gguf(
     writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[kind]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_numbers(writer, config)
-    _add_vocabulary(writer, vocabulary, tokenizer)
+    _add_vocabulary(writer, vocabulary, tokenizer, ends_in(folder, tokenizer))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from more_tensors(config).items()
@@ -81,7 +83,7 @@ def write_gguf(
         stored = getattr(gguf.GGMLQuantizationType, _type_of(tensor, kind))
         writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), stored))
     writer.close()
-    return vocabulary.notes
+    return vocabulary
 
 
 def _type_of(tensor: Tensor, kind: str) -> str:
@@ -99,8 +101,22 @@ def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _add_vocabulary(writer: Any, vocabulary: TokenTables, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
-    """Add the tables of a tokenizer, its special tokens and its chat template."""
+def ends_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer, by the tokenizer, its template and the generation settings of the folder."""
+    named: Any = None
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        named = GenerationConfig.from_pretrained(folder).eos_token_id
+    more = named if isinstance(named, list) else [named]
+    return list(dict.fromkeys([*turn_end_tokens(tokenizer), *(int(number) for number in more if number is not None)]))
+
+
+def _add_vocabulary(
+    writer: Any,  # noqa: ANN401
+    vocabulary: TokenTables,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+) -> None:
+    """Add the tables of a tokenizer, its special tokens, the tokens that end an answer and its chat template."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -114,19 +130,14 @@ def _add_vocabulary(writer: Any, vocabulary: TokenTables, tokenizer: PreTrainedT
         number = getattr(tokenizer, f"{kind}_token_id")
         if number is not None:
             getattr(writer, f"add_{kind}_token_id")(number)
-    ends = [number for number in turn_end_tokens(tokenizer) if number != tokenizer.eos_token_id]
-    if ends:
-        writer.add_eot_token_id(ends[0])
-    first, last = added_tokens(tokenizer)
-    writer.add_add_bos_token(first)
-    writer.add_add_eos_token(last)
-    if (text := plain_template(tokenizer)) is not None:
-        writer.add_chat_template(text)
+    for kind, number in zip(("eot", "eom"), (n for n in ends if n != tokenizer.eos_token_id), strict=False):
+        getattr(writer, f"add_{kind}_token_id")(number)
+    writer.add_add_bos_token(bos_added(tokenizer))
+    # A prompt goes on, so an end token that the tokenizer puts after a text is left out.
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(plain_jinja(file_template(tokenizer, vocabulary.lead)))
 
 
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a tokenizer's chat template without `{% generation %}`, which Jinja itself does not know; None without one."""
-    template = template_of(tokenizer)
-    if template is None:
-        return None
-    return CLOSED.sub(r"{%\1 endif \2%}", OPENED.sub(r"{%\1 if true \2%}", template.text))
+def plain_jinja(text: str) -> str:
+    """Return a chat template without `{% generation %}`, which Jinja itself does not know."""
+    return CLOSED.sub(r"{%\1 endif \2%}", OPENED.sub(r"{%\1 if true \2%}", text))
