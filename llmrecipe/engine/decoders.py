@@ -40,6 +40,7 @@ from llmrecipe.engine.row_reading import in_full_precision
 from llmrecipe.engine.sampling import NextTokens, PickerProcessor, Sampling
 from llmrecipe.engine.static_batch import Compute, StaticBatch
 from llmrecipe.models import kv_cache
+from llmrecipe.models.random_state import random_state_kept
 from llmrecipe.models.vocabulary import input_embedding
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def _scores(way: Decoder, job: Decoding, task: int | None) -> Scores | Exception
     prompts = [PendingPrompt(i, tuple((5 * i + k + 3) % rows for k in range(LENGTHS[i])), task) for i in order]
     device = next(job.model.parameters()).device
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with random_state_kept(device):
             for _ in way(trial, prompts):
                 pass
     except Exception as error:  # families raise whatever their own code leads to; whether it matters the caller knows

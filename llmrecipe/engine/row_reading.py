@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmrecipe.data import collate
 from llmrecipe.data.collate import Batch
+from llmrecipe.models.random_state import random_state_kept
 from llmrecipe.models.vocabulary import input_embedding
 
 FINE, COARSE = 1e-4, 5e-2
@@ -124,7 +125,7 @@ class _Probe:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with random_state_kept(device):
                 return self.states(batch.to(device))
         except Exception:  # families raise whatever their own code leads to; an inspection stops no run
             return None

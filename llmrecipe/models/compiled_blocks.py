@@ -24,6 +24,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.models.hooks import between_graphs
 from llmrecipe.models.hooks.hook import first_tensor, recording
 from llmrecipe.models.module_map import anatomy
+from llmrecipe.models.random_state import random_state_kept
 from llmrecipe.models.recompiled import KINDS, recompiled
 from llmrecipe.models.resolve_class import first_line
 
@@ -218,7 +219,8 @@ def _both_passes(compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         return value.detach().requires_grad_(value.is_floating_point())
 
     own, named = tree_map_only(Tensor, apart, (args, kwargs))
-    with torch.random.fork_rng():
+    device = next(value for value in tree_leaves((own, named)) if isinstance(value, Tensor)).device
+    with random_state_kept(device):
         out = first_tensor(compiled(*own, **named))
         wanted = [value for value in tree_leaves((own, named)) if isinstance(value, Tensor) and value.requires_grad]
         torch.autograd.grad(out.float().sum(), wanted, allow_unused=True)

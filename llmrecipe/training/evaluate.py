@@ -17,6 +17,7 @@ from llmrecipe.engine.sampling import Sampling
 from llmrecipe.feedback.generated_answers import Scored, answer_rows, score_answers
 from llmrecipe.feedback.metric import INVALID
 from llmrecipe.methods._base.late_values import Largest, MetricSums, Smallest
+from llmrecipe.models.random_state import random_state_kept
 from llmrecipe.training.intervals import RowScores, all_ends
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def evaluate(evaluation: Evaluation, data: Rows) -> dict[str, float]:
     sums = MetricSums()
     gathered: dict[str, list[torch.Tensor]] = defaultdict(list)
     single: list[dict[str, list[float]]] = []
-    gpus = [roles.device] if roles.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), roles.evaluating(), torch.no_grad():
+    with random_state_kept(roles.device), roles.evaluating(), torch.no_grad():
         for part, batch in _batches(evaluation, data):
             with roles.each_pass_once():
                 found, tensors = objective.evaluate(batch, roles), objective.collect(batch, roles)

@@ -31,6 +31,7 @@ from llmrecipe.core.errors import ModelError
 from llmrecipe.methods._engines import low_rank
 from llmrecipe.methods._engines.low_rank import LowRank, LowRankEmbedding, LowRankExperts
 from llmrecipe.methods._engines.quantized import bits_of
+from llmrecipe.models.random_state import random_state_kept
 
 if TYPE_CHECKING:
     from llmrecipe.models.site import Site
@@ -120,7 +121,7 @@ def minor(weight: Tensor, r: int) -> Tensor:
 
 def from_gradient(gradient: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return LoRA-GA's (A, B) from dL/dW (out, in): the first r right and the next r left singular vectors, scaled by g."""
-    with torch.random.fork_rng():
+    with random_state_kept(gradient.device):
         torch.manual_seed(0)  # the sketch is the same on every process
         u, _, v = torch.svd_lowrank(gradient, min(4 * r, *gradient.shape), niter=4)
     gain = gradient.shape[0] ** 0.25 / GAMMA**0.5

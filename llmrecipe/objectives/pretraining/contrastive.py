@@ -22,6 +22,7 @@ from llmrecipe.engine.pooling import Pool, chunk_cuts
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.models import task_heads
 from llmrecipe.models.excluded import without_language_head
+from llmrecipe.models.random_state import random_state_kept
 from llmrecipe.models.resolve_class import language_head
 from llmrecipe.objectives.base import Loss, Measures, Objective
 from llmrecipe.objectives.correlations import rank_correlation
@@ -191,7 +192,7 @@ class Contrastive(Objective):
         if self.positives != "dropout" or not len(roles.data):
             return
         was = roles.engine.training
-        with roles.alone(), torch.no_grad(), torch.random.fork_rng():
+        with roles.alone(), torch.no_grad(), random_state_kept(roles.device):
             roles.engine.train()
             both = self._embed(self.collate([roles.data[0]], roles), roles)
             roles.engine.train(was)

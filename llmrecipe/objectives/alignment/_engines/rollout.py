@@ -27,6 +27,7 @@ from llmrecipe.engine.forward import Critic
 from llmrecipe.engine.generation import ScoredAnswer, decode_ids, generate, generate_scored
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.sampling import Sampling
+from llmrecipe.models.random_state import random_state_kept
 from llmrecipe.objectives.alignment._engines.sampler_mismatch import KEY as SAMPLER
 from llmrecipe.objectives.alignment._engines.sampler_mismatch import warn_of_mismatch
 from llmrecipe.objectives.reward_interface import Answer, Rewards
@@ -176,7 +177,7 @@ class Rollouts:
         return Sampling(plan.max_new_tokens, plan.temperature, batch=plan.generation_batch, seed=seed, stop=plan.stop)
 
     def _score(self, samples: list[Sample], roles: Roles) -> None:
-        with torch.random.fork_rng():
+        with random_state_kept(roles.device):
             # Building a reward model draws random numbers; the run's own stream must not depend on when that happens.
             self.rewards.open(roles)
         scores, own = self.rewards.score([s.answer for s in samples])

@@ -24,6 +24,7 @@ from llmrecipe.engine.reference_policy import PlannedRows, row_groups
 from llmrecipe.engine.role_models import Roles
 from llmrecipe.engine.teacher import Teacher, TopCache, TopTeacher, TopTokens, aligned, open_teacher, same_vocabulary
 from llmrecipe.engine.teacher_server import TeacherServer
+from llmrecipe.models.random_state import random_state_kept
 from llmrecipe.objectives.base import Loss, Measures
 from llmrecipe.objectives.divergences import divergence, on_top_tokens, sorted_distance
 from llmrecipe.objectives.token_math import TOKEN_METRICS, collate_tokens, sequences_of
@@ -136,7 +137,7 @@ class Distilled:
         """Load the teacher, or return the connection to its server."""
         if self.served:
             return TeacherServer(self.teacher, self.teacher_model, self.key_env)
-        with torch.random.fork_rng():
+        with random_state_kept(device):
             # Loading a model may draw random numbers; the run's own stream must not depend on when that happens.
             return open_teacher(self._section(), device)
 
