@@ -162,7 +162,7 @@ def carried(cache: RowCache) -> Carried:
     """Return what methods store for each row of a cache; it is reordered with the rows."""
     if "carried" not in cache.__dict__:
         cache.carried = {}
-        # A cache that held itself would keep its memory until Python looks for cycles, which no allocator of a device asks for.
+        # A cache that held itself would keep its memory until Python looks for cycles; no allocator of a device makes it.
         place = weakref.ref(cache)
 
         def reorder(rows: Tensor) -> None:

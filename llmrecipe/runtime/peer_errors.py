@@ -1,7 +1,7 @@
 """Errors of one process among several: which process reports an error, and what the others say that have lost it.
 
 Most errors are met by all processes alike, and process 0 reports them for all. One that a single process meets (its rows, its
-disk, the server that it asks) would end the run without a word if only process 0 spoke.
+disk, the server that it reads) would end the run without a word if only process 0 spoke.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_an_extra_is_ready_only_with_all_of_its_packages(installed: dict[str, st
 def test_a_version_that_is_too_old_missing_or_untested_is_named(installed: dict[str, str]) -> None:
     installed |= {"torch": "2.7.1", "transformers": "99.0.0", "numpy": doctor.tested_versions()["numpy"]}
     found = doctor.packages()
-    assert found["torch"] == "2.7.1 (too old: needs >=2.8)"
+    assert found["torch"] == "2.7.1 (too old: needs >=2.9)"
     assert found["transformers"] == f"99.0.0 (untested: newer than {doctor.tested_versions()['transformers']})"
     assert found["numpy"] == installed["numpy"] and found["accelerate"] == "missing"
 

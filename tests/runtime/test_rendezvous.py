@@ -17,7 +17,7 @@ from llmrecipe.cli.app import run_command
 from llmrecipe.core.errors import UserError
 from llmrecipe.recipe.schema import RuntimeSection
 from llmrecipe.runtime.distributed_launch import Cluster, launch_config
-from llmrecipe.runtime.processes import Runtime
+from llmrecipe.runtime.processes import Runtime, _forget_accelerate
 from llmrecipe.runtime.rendezvous import cluster_of, first_node, read_hostfile
 from tests.support import ROOT
 from tests.trainings import curve
@@ -135,6 +135,7 @@ def test_a_meeting_place_that_is_none_is_refused(master: str) -> None:
 
 
 def test_a_process_says_which_port_is_in_use_and_leaves_nothing_behind(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _forget_accelerate()  # what a trainer of another library has left in this process
     started = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**started, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken)}.items():
         monkeypatch.setenv(name, value)

@@ -54,7 +54,7 @@ class Linear8bit(bnb.nn.Linear8bitLt):
     """y = x (C diag(s) / 127)^T + b with int8 codes C and one scale a row."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:  # noqa: ANN401 - as torch has it
-        """Move the layer with what stands beside its codes: torch moves these in place and knows of nothing else."""
+        """Move the layer with all that belongs to its codes: torch moves these in place and knows of nothing else."""
         super()._apply(fn, recurse)
         weight: Any = self.weight
         holders: tuple[Any, ...] = weight, self.state

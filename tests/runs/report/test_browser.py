@@ -108,8 +108,9 @@ PAGES = {"run": run_report, "several": comparison, "leaderboard": leaderboard}
 def chromium() -> Iterator[Any]:
     """A running browser that a test can ask what it shows."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (dev extra)")
+    path = browser()  # before playwright runs: only one of it can
     with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        started = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started
         started.close()
 
