@@ -224,9 +224,11 @@ def test_flex_attention_may_be_compiled_for_many_kinds_of_calls(monkeypatch: pyt
 
 def test_an_older_torch_is_given_its_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    assert recompiled.recompiled(len) is len
-    assert torch._dynamo.config.recompile_limit == recompiled.KINDS
+    # Its own patch: what another one puts back counts as deleted.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert recompiled.recompiled(len) is len
+        assert torch._dynamo.config.recompile_limit == recompiled.KINDS
+    assert torch._dynamo.config.recompile_limit is not None
 
 
 def test_a_layout_of_one_document_needs_no_index() -> None:

@@ -124,6 +124,7 @@ def ends_as_it_should(template: Path, folder: Path, moment: int, wanted: Any) ->
     return made
 
 
+@pytest.mark.slow
 def test_a_kill_where_states_change_hands(at_the_end: tuple[Path, Any], tmp_path: Path) -> None:
     template, wanted = at_the_end
     shutil.copytree(template, tmp_path / "whole_end")

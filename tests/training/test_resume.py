@@ -30,7 +30,9 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("bitfit", "lora with dropout") else n for n in STACKS]
+)
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_stopping_at_any_step_changes_nothing(name: str, step: int, tmp_path: Path) -> None:
     recipe, *options = STACKS[name]
