@@ -180,8 +180,8 @@ def test_a_sampler_with_other_weights(bench: Bench, monkeypatch: pytest.MonkeyPa
 def test_an_objective_whose_sampler_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = bench_of("grpo", ["data.limit=16"], tmp_path)
     assert line("cached_generation", other).result == "ok"
-    stale, original = drifted(other.run.model), rollout.generate
-    monkeypatch.setattr(rollout, "generate", lambda model, *rest, **more: original(stale, *rest, **more))
+    stale, original = drifted(other.run.model), rollout.generate_scored
+    monkeypatch.setattr(rollout, "generate_scored", lambda model, *rest, **more: original(stale, *rest, **more))
     assert line("cached_generation", other).result == "failed"
 
 
